@@ -1,0 +1,2 @@
+//! Proves that a userland-io engine keeps its promises.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The command line of userland-io.
+#![forbid(unsafe_code)]
+fn main() {}

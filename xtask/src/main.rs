@@ -1,0 +1,3 @@
+//! Everything that CI and a developer run.
+#![forbid(unsafe_code)]
+fn main() {}
