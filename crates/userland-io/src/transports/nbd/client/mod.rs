@@ -1,0 +1,1 @@
+//! The client: a remote export as an engine.

@@ -1,0 +1,15 @@
+//! NBD: disks over TCP and Unix sockets, for clients that exist already.
+
+mod client;
+#[doc(hidden)]
+pub mod limits;
+#[doc(hidden)]
+pub mod session;
+#[doc(hidden)]
+pub mod socket;
+#[doc(hidden)]
+pub mod transmission;
+#[doc(hidden)]
+pub mod wire;
+
+pub use limits::Limits;

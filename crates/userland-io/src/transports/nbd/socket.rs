@@ -1,0 +1,100 @@
+//! A connection's byte stream, whatever carries it.
+//!
+//! The request loop is generic over [`Socket`]; a server hands it the enum
+//! [`Stream`], so that erasing an export costs one call a connection and no
+//! box around each read.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::net::TcpStream;
+#[cfg(unix)]
+use tokio::net::UnixStream;
+
+/// A byte stream on which the transmission phase can run.
+pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Receives what is there at once, by a system call of its own that does not wait for the
+    /// runtime to see readiness: for a loop that lingers before it sleeps.
+    ///
+    /// `WouldBlock` if nothing is there. If left out: `Unsupported`, and nobody lingers.
+    fn recv_now(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let _ = buf;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+impl Socket for DuplexStream {}
+
+/// The streams that a server accepts.
+#[derive(Debug)]
+pub enum Stream {
+    /// TCP, v4 or v6.
+    Tcp(TcpStream),
+    /// A Unix domain socket.
+    #[cfg(unix)]
+    Unix(UnixStream),
+    /// A pipe in memory, for tests and for peers in the same process.
+    Memory(DuplexStream),
+}
+
+impl Socket for Stream {
+    fn recv_now(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        use std::io::Read;
+        match self {
+            // The sockets are in non-blocking mode, so a plain read never waits.
+            Stream::Tcp(stream) => (&*socket2::SockRef::from(&*stream)).read(buf),
+            #[cfg(unix)]
+            Stream::Unix(stream) => (&*socket2::SockRef::from(&*stream)).read(buf),
+            Stream::Memory(stream) => stream.recv_now(buf),
+        }
+    }
+}
+
+macro_rules! each {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match $self.get_mut() {
+            Stream::Tcp($stream) => $call,
+            #[cfg(unix)]
+            Stream::Unix($stream) => $call,
+            Stream::Memory($stream) => $call,
+        }
+    };
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        each!(self, stream => Pin::new(stream).poll_write(cx, buf))
+    }
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        each!(self, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
+    }
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_flush(cx))
+    }
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}
