@@ -34,6 +34,7 @@ pub struct Extents<K = ExtentKind> {
     list: Vec<Extent<K>>,
     covered: u64,
     cap: usize,
+    full: bool,
 }
 
 impl<K: Copy + PartialEq> Extents<K> {
@@ -43,19 +44,20 @@ impl<K: Copy + PartialEq> Extents<K> {
             list: Vec::new(),
             covered: 0,
             cap: cap.max(1),
+            full: false,
         }
     }
 
-    /// Appends a run of `len` bytes. Empty runs, and runs beyond the cap, are dropped.
+    /// Appends a run of `len` bytes. Empty runs are dropped, and so are those beyond the cap.
     pub fn push(&mut self, len: u64, kind: K) {
-        if len == 0 {
+        if len == 0 || self.full {
             return;
         }
-        let (full, cut) = (self.is_full(), self.is_cut());
+        let no_room = self.room() == 0;
         match self.list.last_mut() {
-            Some(last) if last.kind == kind && !cut => last.len = last.len.saturating_add(len),
-            _ if full => {
-                self.cap = 0;
+            Some(last) if last.kind == kind => last.len = last.len.saturating_add(len),
+            _ if no_room => {
+                self.full = true;
                 return;
             }
             _ => self.list.push(Extent { len, kind }),
@@ -63,14 +65,9 @@ impl<K: Copy + PartialEq> Extents<K> {
         self.covered = self.covered.saturating_add(len);
     }
 
-    /// True when no further run fits: an engine can stop looking.
+    /// True once a run has been dropped: the last one is at its full length, and an engine can stop.
     pub fn is_full(&self) -> bool {
-        self.list.len() >= self.cap
-    }
-
-    /// True once a run has been dropped: later ones would leave a gap.
-    fn is_cut(&self) -> bool {
-        self.cap == 0
+        self.full
     }
 
     /// The bytes that the runs cover, from the start of the range.
@@ -111,7 +108,7 @@ impl<K: Copy + PartialEq> Extents<K> {
 
     /// How many more runs fit.
     pub fn room(&self) -> usize {
-        self.cap.saturating_sub(self.list.len())
+        self.cap - self.list.len()
     }
 }
 

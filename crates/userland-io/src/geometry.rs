@@ -25,7 +25,7 @@ pub struct Geometry {
     /// The disk's length, at most [`MAX_SIZE`](Self::MAX_SIZE). Need not be a multiple of a block.
     pub size: u64,
     /// The unit of addressing: no smaller write reaches the engine, and none tears inside one.
-    /// A power of two up to [`MAX_BLOCK`](Self::MAX_BLOCK); 1 (the default) for what is byte-addressed.
+    /// A power of two up to [`MAX_LOGICAL_BLOCK`](Self::MAX_LOGICAL_BLOCK); 1 (the default) for what is byte-addressed.
     pub logical_block_size: u32,
     /// The unit that the medium writes without reading first; at least the logical block.
     /// 0 (the default): the logical block.
@@ -137,8 +137,10 @@ impl From<InvalidGeometry> for crate::Error {
 impl Geometry {
     /// The largest disk, in bytes: offsets fit an `off_t`.
     pub const MAX_SIZE: u64 = i64::MAX as u64;
-    /// The largest block size, in bytes.
-    pub const MAX_BLOCK: u32 = 1 << 20;
+    /// The largest logical block, in bytes: what NBD allows as minimum block size (proto.md, Block size constraints).
+    pub const MAX_LOGICAL_BLOCK: u32 = 64 << 10;
+    /// The largest physical block and memory alignment, in bytes.
+    const MAX_ALIGNMENT: u32 = 1 << 20;
 
     /// A disk that accepts no mutation.
     pub const fn read_only(size: u64) -> Self {
@@ -248,7 +250,7 @@ impl Geometry {
         let block = u64::from(self.logical_block_size);
         let power = |v: u64| v.is_power_of_two();
         let blocks = |v: u64| block != 0 && v % block == 0;
-        let max_block = u64::from(Self::MAX_BLOCK);
+        let max = u64::from(Self::MAX_ALIGNMENT);
         let check = |field, value: u64, ok: bool, rule| match ok {
             true => Ok(()),
             false => Err(InvalidGeometry { field, value, rule }),
@@ -262,21 +264,21 @@ impl Geometry {
         check(
             "logical_block_size",
             block,
-            power(block) && block <= max_block,
-            "it must be a power of two up to 1 MiB",
+            power(block) && block <= u64::from(Self::MAX_LOGICAL_BLOCK),
+            "it must be a power of two up to 64 KiB",
         )?;
         let physical = u64::from(self.physical_block_size);
         check(
             "physical_block_size",
             physical,
-            physical == 0 || (power(physical) && physical >= block && physical <= max_block),
+            physical == 0 || (power(physical) && physical >= block && physical <= max),
             "it must be 0, or a power of two from the logical block size up to 1 MiB",
         )?;
         let alignment = u64::from(self.memory_alignment);
         check(
             "memory_alignment",
             alignment,
-            power(alignment) && alignment <= max_block,
+            power(alignment) && alignment <= max,
             "it must be a power of two up to 1 MiB",
         )?;
         for (field, value) in [

@@ -1,27 +1,366 @@
-//! placeholder
-use crate::{Engine, Extents, Geometry, InvalidGeometry, ReadBuf, Result, WriteBuf, WriteFlags};
+//! The edge: whoever calls an engine goes through [`Checked`].
+//!
+//! A layer stores the engine below as one, and a [`Device`](crate::Device) the top of
+//! the stack, so no engine, at any depth, sees a request that it did not ask for.
+//! What fits goes straight through; `bounce` rounds the rest out to blocks and
+//! `zeroes` writes zeroes where an engine cannot. `locks` keeps a block's
+//! read-modify-write apart from other mutations of it.
+
+mod bounce;
+mod locks;
+mod zeroes;
+
 use std::ops::Range;
-/// Edge.
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::{
+    Discard, Engine, ErrorKind, Extents, Features, Geometry, InvalidGeometry, ReadBuf, Result,
+    WriteBuf, WriteFlags, changed_through,
+};
+use locks::{Guard, RangeLocks};
+
+/// An engine behind its edge. It implements [`Engine`] and guarantees to the one inside that
+///
+/// * a range lies inside the size that was last read, and is never empty: else `OutOfRange`, or `Ok` at once;
+/// * it starts and ends on logical blocks, or ends where the disk ends: what does not is read, modified and
+///   written, apart from every other mutation of those blocks;
+/// * it is at most `max_transfer`, `max_discard` or `max_write_zeroes` long: it is split, and the parts go one
+///   after another;
+/// * no mutation reaches a read-only disk: `ReadOnly`;
+/// * `FUA` arrives only where claimed: else a flush follows;
+/// * `write_zeroes` arrives only where claimed: else, or on `Unsupported`, zeroes are written, unless `FAST_ONLY`;
+/// * `discard` arrives only where claimed, in whole granules: else `Unsupported`, or trimmed;
+/// * `extents` and `status` arrive only where there are any;
+/// * nothing arrives after `close`: `Shutdown`.
+///
+/// A `flush` always reaches the engine of a writable disk; where the claims leave it nothing to do, an
+/// engine that has none is taken to have succeeded.
 #[derive(Debug)]
-pub struct Checked<E>(E);
+pub struct Checked<E> {
+    engine: E,
+    /// The geometry as it was at the start. Of it only the size may change.
+    facts: Geometry,
+    size: AtomicU64,
+    locks: RangeLocks,
+    closed: AtomicBool,
+}
+
 impl<E: Engine> Checked<E> {
-    /// New.
+    /// Puts `engine` behind an edge.
+    ///
+    /// # Errors
+    /// If its geometry contradicts itself.
     pub fn new(engine: E) -> Result<Self, InvalidGeometry> {
-        engine.geometry().validate()?;
-        Ok(Checked(engine))
+        let facts = engine.geometry();
+        facts.validate()?;
+        Ok(Checked {
+            engine,
+            facts,
+            size: AtomicU64::new(facts.size),
+            locks: RangeLocks::default(),
+            closed: AtomicBool::new(false),
+        })
+    }
+
+    /// The engine inside, for what it can do beyond the contract (a resize, a counter).
+    /// Requests to it would pass the edge by: make none.
+    pub fn get_ref(&self) -> &E {
+        &self.engine
+    }
+
+    /// The logical block size in bytes.
+    fn block(&self) -> u64 {
+        u64::from(self.facts.logical_block_size)
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn open(&self) -> Result {
+        match self.closed.load(Ordering::Acquire) {
+            true => Err(ErrorKind::Shutdown.into()),
+            false => Ok(()),
+        }
+    }
+
+    fn writable(&self) -> Result {
+        match self.facts.is_read_only() {
+            true => Err(ErrorKind::ReadOnly.into()),
+            false => Ok(()),
+        }
+    }
+
+    /// The range of a request, if it lies inside the disk.
+    fn range(&self, offset: u64, len: u64) -> Result<Range<u64>> {
+        let inside = |size| offset.checked_add(len).filter(|&end| end <= size);
+        // The disk may have grown since anyone asked.
+        match inside(self.size()).or_else(|| inside(self.geometry().size)) {
+            Some(end) => Ok(offset..end),
+            None => Err(ErrorKind::OutOfRange.into()),
+        }
+    }
+
+    /// As [`range`](Self::range), for a range that somebody else made.
+    fn valid(&self, range: Range<u64>) -> Result<Range<u64>> {
+        match range.end.checked_sub(range.start) {
+            Some(len) => self.range(range.start, len),
+            None => Err(ErrorKind::Invalid.into()),
+        }
+    }
+
+    fn is_aligned(&self, range: &Range<u64>) -> bool {
+        let mask = self.block() - 1;
+        range.start & mask == 0 && (range.end & mask == 0 || range.end == self.size())
+    }
+
+    /// The blocks that `range` touches.
+    fn round_out(&self, range: &Range<u64>) -> Range<u64> {
+        let mask = self.block() - 1;
+        // Sizes are below 2^63 and blocks at most 1 MiB, so this cannot overflow.
+        range.start & !mask..((range.end + mask) & !mask).min(self.size().max(range.end))
+    }
+
+    /// The units of `unit` bytes that `range` covers whole. The one at the disk's end may be shorter.
+    fn round_in(&self, range: &Range<u64>, unit: u64) -> Range<u64> {
+        let start = range.start.next_multiple_of(unit);
+        let end = match range.end == self.size() {
+            true => range.end,
+            false => range.end - range.end % unit,
+        };
+        start..end.max(start)
+    }
+
+    /// What of FUA goes to the engine, and whether a flush must follow.
+    fn split_fua(&self, flags: WriteFlags) -> (WriteFlags, bool) {
+        if !flags.contains(WriteFlags::FUA) || self.facts.features.contains(Features::FUA) {
+            return (flags, false);
+        }
+        (flags - WriteFlags::FUA, self.facts.needs_flush())
+    }
+
+    /// Keeps read-modify-writes off the blocks of an aligned mutation, where there can be any.
+    async fn beside_rmw(&self, range: &Range<u64>) -> Result<Option<Guard<'_>>> {
+        match self.block() {
+            1 => Ok(None),
+            _ => Ok(Some(self.lock(range.clone(), false).await?)),
+        }
+    }
+
+    async fn lock(&self, range: Range<u64>, exclusive: bool) -> Result<Guard<'_>> {
+        let guard = self.locks.queue(range, exclusive);
+        while guard.wait().await.is_err() {
+            // An operation ahead was dropped half-way. Only a flush says when it can no longer act.
+            self.flush_engine().await?;
+        }
+        Ok(guard)
+    }
+
+    /// Flushes, and so ends what dropped operations may still be doing.
+    async fn flush_engine(&self) -> Result {
+        let orphans = self.locks.orphans();
+        match self.engine.flush().await {
+            // Not implemented, and nothing to do: then a dropped mutation does not act either.
+            Err(error) if error.kind() == ErrorKind::Unsupported && !self.facts.needs_flush() => {}
+            result => result?,
+        }
+        self.locks.settled(&orphans);
+        Ok(())
     }
 }
+
+/// The longest piece of a request under a limit, where 0 is none.
+fn limit(limit: u32) -> u64 {
+    match limit {
+        0 => u64::MAX,
+        limit => u64::from(limit),
+    }
+}
+
+/// `range` in pieces of at most `max` bytes.
+fn pieces(range: Range<u64>, max: u64) -> impl Iterator<Item = Range<u64>> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let piece = at..range.end.min(at.saturating_add(max));
+        at = piece.end;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
 impl<E: Engine> Engine for Checked<E> {
     fn geometry(&self) -> Geometry {
-        self.0.geometry()
+        let size = self.engine.geometry().size.min(Geometry::MAX_SIZE);
+        self.size.store(size, Ordering::Release);
+        Geometry { size, ..self.facts }
     }
+
     async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
-        self.0.read(buf, offset).await
+        self.open()?;
+        let len = buf.len() as u64;
+        let range = self.range(offset, len)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let max = limit(self.facts.max_transfer);
+        if !self.is_aligned(&range) {
+            return Box::pin(self.read_unaligned(buf, range)).await;
+        }
+        if len <= max {
+            return self.engine.read(buf, offset).await;
+        }
+        for piece in pieces(range, max) {
+            let part = (piece.start - offset) as usize..(piece.end - offset) as usize;
+            self.engine.read(&mut buf.slice(part), piece.start).await?;
+        }
+        Ok(())
     }
+
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
-        self.0.write(buf, offset, flags).await
+        self.open()?;
+        self.writable()?;
+        let range = self.range(offset, buf.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let (flags, flush) = self.split_fua(flags & WriteFlags::FUA);
+        if self.is_aligned(&range) {
+            let guard = self.beside_rmw(&range).await?;
+            let result = self.write_pieces(buf, range, flags).await;
+            guard.map(Guard::finish);
+            result?;
+        } else {
+            Box::pin(self.modify(bounce::Source::Bytes(buf), range, flags)).await?;
+        }
+        match flush {
+            true => self.flush_engine().await,
+            false => Ok(()),
+        }
     }
+
+    async fn flush(&self) -> Result {
+        self.open()?;
+        match self.facts.is_read_only() {
+            true => Ok(()),
+            false => self.flush_engine().await,
+        }
+    }
+
+    async fn discard(&self, range: Range<u64>) -> Result {
+        self.open()?;
+        self.writable()?;
+        if self.facts.discard == Discard::None {
+            return Err(ErrorKind::Unsupported.into());
+        }
+        let range = self.valid(range)?;
+        let range = self.round_in(&range, self.facts.discard_granule().into());
+        if range.is_empty() {
+            return Ok(());
+        }
+        let guard = self.beside_rmw(&range).await?;
+        let mut result = Ok(());
+        for piece in pieces(range, limit(self.facts.max_discard)) {
+            result = self.engine.discard(piece).await;
+            if result.is_err() {
+                break;
+            }
+        }
+        guard.map(Guard::finish);
+        result
+    }
+
+    async fn write_zeroes(&self, range: Range<u64>, flags: WriteFlags) -> Result {
+        self.open()?;
+        self.writable()?;
+        let range = self.valid(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let (flags, flush) = self.split_fua(flags);
+        Box::pin(self.zero(range, flags)).await?;
+        match flush {
+            true => self.flush_engine().await,
+            false => Ok(()),
+        }
+    }
+
     async fn extents(&self, range: Range<u64>, out: &mut Extents) -> Result {
-        self.0.extents(range, out).await
+        self.open()?;
+        let range = self.valid(range)?;
+        if !self.facts.features.contains(Features::EXTENTS) {
+            out.push(range.end - range.start, crate::ExtentKind::Data);
+            return Ok(());
+        }
+        if range.is_empty() {
+            return Ok(());
+        }
+        let asked = self.round_out(&range);
+        let mut found = Extents::new(out.room() + 2);
+        self.engine.extents(asked.clone(), &mut found).await?;
+        bounce::trim(&found, &asked, &range, out);
+        Ok(())
+    }
+
+    fn contexts(&self) -> Vec<String> {
+        self.engine.contexts()
+    }
+
+    async fn status(&self, context: &str, range: Range<u64>, out: &mut Extents<u64>) -> Result {
+        self.open()?;
+        let range = self.valid(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let asked = self.round_out(&range);
+        let mut found = Extents::new(out.room() + 2);
+        self.engine
+            .status(context, asked.clone(), &mut found)
+            .await?;
+        bounce::trim(&found, &asked, &range, out);
+        Ok(())
+    }
+
+    async fn prefetch(&self, range: Range<u64>) -> Result {
+        self.open()?;
+        let range = self.valid(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.engine.prefetch(self.round_out(&range)).await
+    }
+
+    async fn changed(&self, seen: Geometry) -> Geometry {
+        changed_through(self, &self.engine, seen).await
+    }
+
+    async fn close(&self) -> Result {
+        match self.closed.swap(true, Ordering::AcqRel) {
+            true => Ok(()),
+            false => self.engine.close().await,
+        }
     }
 }
+
+impl<E: Engine> Checked<E> {
+    /// Writes aligned bytes in pieces that the engine takes.
+    async fn write_pieces(
+        &self,
+        buf: &WriteBuf<'_>,
+        range: Range<u64>,
+        flags: WriteFlags,
+    ) -> Result {
+        let (offset, max) = (range.start, limit(self.facts.max_transfer));
+        if range.end - offset <= max {
+            return self.engine.write(buf, offset, flags).await;
+        }
+        for piece in pieces(range, max) {
+            let part = (piece.start - offset) as usize..(piece.end - offset) as usize;
+            self.engine
+                .write(&buf.slice(part), piece.start, flags)
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,127 @@
+//! A chunk of a memory disk: 64 pages, and which of them were written.
+//!
+//! A page that is not marked holds zeroes, so a reader need not look at the
+//! marks; they are for extents, and for knowing when a chunk is empty.
+
+use std::ops::Range;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::{ExtentKind, Extents};
+
+/// The length of a page in bytes: what a discard frees.
+pub(super) const PAGE: usize = 4096;
+/// The length of a chunk in bytes: as many pages as a word has bits.
+pub(super) const CHUNK: usize = PAGE * u64::BITS as usize;
+
+/// A chunk behind its lock.
+#[derive(Debug, Default)]
+pub(super) struct Slot(RwLock<Chunk>);
+
+impl Slot {
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, Chunk> {
+        // Nothing panics while it holds the lock half-way through a change.
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, Chunk> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The bytes of a chunk, if any page of it was written.
+#[derive(Debug, Default)]
+pub(super) struct Chunk {
+    written: u64,
+    bytes: Option<Box<[u8]>>,
+}
+
+/// The marks of all pages that `part` touches.
+fn pages(part: &Range<usize>) -> u64 {
+    mask(part.start / PAGE, part.end.div_ceil(PAGE))
+}
+
+/// The bits from `first` to before `end`.
+fn mask(first: usize, end: usize) -> u64 {
+    if first >= end {
+        return 0;
+    }
+    (u64::MAX >> (u64::BITS as usize - (end - first))) << first
+}
+
+impl Chunk {
+    /// All bytes of the chunk, `None` if they are zeroes.
+    pub(super) fn bytes(&self) -> Option<&[u8]> {
+        self.bytes.as_deref()
+    }
+
+    /// The bytes of `part`, to be written to.
+    pub(super) fn touch(&mut self, part: Range<usize>) -> &mut [u8] {
+        self.written |= pages(&part);
+        let bytes = self.bytes.get_or_insert_with(|| vec![0; CHUNK].into());
+        &mut bytes[part]
+    }
+
+    /// Makes `part` read as zeroes; true if that gave the chunk's memory back.
+    pub(super) fn clear(&mut self, part: Range<usize>) -> bool {
+        // Pages at the edges keep their mark unless they are covered whole.
+        let whole = mask(part.start.div_ceil(PAGE), part.end / PAGE);
+        self.written &= !whole;
+        if self.written == 0 {
+            return self.bytes.take().is_some();
+        }
+        if let Some(bytes) = &mut self.bytes {
+            bytes[part].fill(0);
+        }
+        false
+    }
+
+    /// Pushes what `part` holds.
+    pub(super) fn extents(&self, part: Range<usize>, out: &mut Extents) {
+        let mut at = part.start;
+        while at < part.end {
+            let page = at / PAGE;
+            let bits = self.written >> page;
+            let (kind, run) = match bits & 1 {
+                1 => (ExtentKind::Data, bits.trailing_ones()),
+                _ => (ExtentKind::Hole, bits.trailing_zeros()),
+            };
+            let end = ((page + run as usize) * PAGE).min(part.end);
+            out.push((end - at) as u64, kind);
+            at = end;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_reach_both_ends() {
+        assert_eq!(mask(0, 64), u64::MAX);
+        assert_eq!(mask(63, 64), 1 << 63);
+        assert_eq!(mask(1, 3), 0b110);
+        assert_eq!(mask(3, 3), 0);
+        assert_eq!(mask(4, 3), 0);
+    }
+
+    #[test]
+    fn a_page_partly_cleared_keeps_its_mark_and_the_rest_of_its_bytes() {
+        let mut chunk = Chunk::default();
+        chunk.touch(0..2 * PAGE).fill(1);
+        assert!(!chunk.clear(PAGE - 10..2 * PAGE));
+        let bytes = chunk.bytes().unwrap();
+        assert!(bytes[..PAGE - 10].iter().all(|&b| b == 1));
+        assert!(bytes[PAGE - 10..].iter().all(|&b| b == 0));
+        let mut out = Extents::new(8);
+        chunk.extents(0..CHUNK, &mut out);
+        assert_eq!(
+            out.iter()
+                .map(|e| (e.len as usize, e.kind))
+                .collect::<Vec<_>>(),
+            [(PAGE, ExtentKind::Data), (CHUNK - PAGE, ExtentKind::Hole)]
+        );
+        assert!(chunk.clear(0..PAGE));
+        assert!(chunk.bytes().is_none());
+    }
+}

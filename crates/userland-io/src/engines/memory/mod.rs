@@ -1,0 +1,303 @@
+//! A disk in memory: sparse, so that a large one costs what is written to it.
+//!
+//! Bytes live in chunks of 256 KiB that a radix table finds ([`table`]), each
+//! behind its own lock ([`chunk`]), so requests to different chunks never meet.
+//! A discard clears pages of 4 KiB and gives a chunk back once it is empty.
+//! Nothing survives a crash, and there is nothing to flush.
+
+mod chunk;
+mod table;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::Notify;
+
+use crate::{
+    CrashLevel, Discard, Engine, ErrorKind, ExtentKind, Extents, Features, Geometry, ReadBuf,
+    Result, WriteBuf, WriteFlags,
+};
+use chunk::{CHUNK, PAGE};
+use table::Table;
+
+/// How many chunks one call of `extents` looks at: 1 GiB of them.
+const EXTENTS_CHUNKS: u32 = 4096;
+
+/// A sparse disk in memory.
+///
+/// Claims [`CrashLevel::None`], discards to zeroes in granules of 4 KiB, native
+/// `write_zeroes` and `extents`, and whole-block reads beside writes.
+#[derive(Debug)]
+pub struct Memory {
+    table: Table,
+    size: AtomicU64,
+    resized: Notify,
+}
+
+impl Memory {
+    /// A disk of `size` bytes that reads as zeroes. Takes almost no memory until it is written to.
+    pub fn new(size: u64) -> Self {
+        Memory {
+            table: Table::default(),
+            size: AtomicU64::new(size),
+            resized: Notify::new(),
+        }
+    }
+
+    /// Makes the disk `size` bytes long. What lay beyond a smaller end is gone, and
+    /// reads as zeroes when the disk grows again.
+    pub fn resize(&self, size: u64) {
+        let old = self.size.swap(size, Ordering::AcqRel);
+        if size < old {
+            self.clear(size..old);
+        }
+        self.resized.notify_waiters();
+    }
+
+    /// The bytes of memory that hold data, in whole chunks.
+    pub fn allocated(&self) -> u64 {
+        self.table.allocated() * CHUNK as u64
+    }
+
+    /// Refuses what does not lie inside the disk, which may have shrunk since the caller looked.
+    fn check(&self, offset: u64, len: u64) -> Result {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size.load(Ordering::Acquire) => Ok(()),
+            _ => Err(ErrorKind::OutOfRange.into()),
+        }
+    }
+
+    fn clear(&self, range: Range<u64>) {
+        let mut at = range.start;
+        while at < range.end {
+            match self.table.find(at / CHUNK as u64) {
+                Ok(chunk) => {
+                    let part = within(at, range.end - at);
+                    let mut chunk = chunk.write();
+                    if chunk.clear(part.clone()) {
+                        self.table.freed();
+                    }
+                    at += part.len() as u64;
+                }
+                // A stretch without any chunk: nothing to clear.
+                Err(next) => at = next.saturating_mul(CHUNK as u64),
+            }
+        }
+    }
+}
+
+/// The part of the chunk that holds `at` which the next `len` bytes cover.
+fn within(at: u64, len: u64) -> Range<usize> {
+    let start = (at % CHUNK as u64) as usize;
+    start..start + len.min((CHUNK - start) as u64) as usize
+}
+
+impl Engine for Memory {
+    fn geometry(&self) -> Geometry {
+        let mut geometry = Geometry::writable(self.size.load(Ordering::Acquire), CrashLevel::None);
+        geometry.discard = Discard::Zeroes;
+        geometry.discard_granularity = PAGE as u32;
+        geometry.features =
+            Features::FUA | Features::WRITE_ZEROES | Features::EXTENTS | Features::ATOMIC_READS;
+        geometry
+    }
+
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        self.check(offset, buf.len() as u64)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let part = within(at, (buf.len() - done) as u64);
+            let mut piece = buf.slice(done..done + part.len());
+            done += part.len();
+            match self.table.find(at / CHUNK as u64) {
+                Ok(chunk) => match chunk.read().bytes() {
+                    Some(bytes) => piece.copy_from(&bytes[part]),
+                    None => piece.fill(0),
+                },
+                Err(_) => piece.fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Result {
+        self.check(offset, buf.len() as u64)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let part = within(at, (buf.len() - done) as u64);
+            let piece = buf.slice(done..done + part.len());
+            done += part.len();
+            let mut chunk = self.table.find_or_make(at / CHUNK as u64).write();
+            if chunk.bytes().is_none() {
+                self.table.made();
+            }
+            piece.copy_to(chunk.touch(part));
+        }
+        // A resize may have cut the disk short under this write; what it left beyond the end must not come back.
+        let size = self.size.load(Ordering::Acquire);
+        let end = offset + buf.len() as u64;
+        if end > size {
+            self.clear(size.max(offset)..end);
+            return Err(ErrorKind::OutOfRange.into());
+        }
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result {
+        Ok(())
+    }
+
+    async fn discard(&self, range: Range<u64>) -> Result {
+        self.check(range.start, range.end - range.start)?;
+        self.clear(range);
+        Ok(())
+    }
+
+    async fn write_zeroes(&self, range: Range<u64>, flags: WriteFlags) -> Result {
+        if !flags.contains(WriteFlags::NO_UNMAP) {
+            return self.discard(range).await;
+        }
+        // Space can only be kept by writing to it, which the edge does, unless that is too slow.
+        Err(ErrorKind::Unsupported.into())
+    }
+
+    async fn extents(&self, range: Range<u64>, out: &mut Extents) -> Result {
+        self.check(range.start, range.end - range.start)?;
+        let mut at = range.start;
+        for _ in 0..EXTENTS_CHUNKS {
+            if at == range.end || out.is_full() {
+                break;
+            }
+            let len = match self.table.find(at / CHUNK as u64) {
+                Ok(chunk) => {
+                    let part = within(at, range.end - at);
+                    let len = part.len();
+                    chunk.read().extents(part, out);
+                    len as u64
+                }
+                Err(next) => {
+                    let end = next.saturating_mul(CHUNK as u64).min(range.end);
+                    out.push(end - at, ExtentKind::Hole);
+                    end - at
+                }
+            };
+            at += len;
+        }
+        Ok(())
+    }
+
+    async fn changed(&self, seen: Geometry) -> Geometry {
+        loop {
+            let resized = self.resized.notified();
+            tokio::pin!(resized);
+            // Registered before the look, so that a resize between the two is not missed.
+            resized.as_mut().enable();
+            let geometry = self.geometry();
+            if geometry != seen {
+                return geometry;
+            }
+            resized.await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Checked, Device};
+
+    const C: u64 = CHUNK as u64;
+
+    async fn runs(engine: &impl Engine, range: Range<u64>) -> Vec<(u64, ExtentKind)> {
+        let mut out = Extents::new(16);
+        engine.extents(range, &mut out).await.unwrap();
+        out.iter().map(|e| (e.len, e.kind)).collect()
+    }
+
+    #[tokio::test]
+    async fn a_request_across_chunks_comes_back_whole() {
+        let disk = Memory::new(1 << 40);
+        let bytes: Vec<u8> = (0..3 * CHUNK).map(|i| (i / 7) as u8).collect();
+        let at = (1 << 39) + C - 100;
+        disk.write(&WriteBuf::new(&bytes), at, WriteFlags::empty())
+            .await
+            .unwrap();
+        let mut back = vec![9; bytes.len() + 200];
+        disk.read(&mut ReadBuf::new(&mut back), at - 100)
+            .await
+            .unwrap();
+        assert!(back[100..back.len() - 100] == bytes[..]);
+        assert_eq!((back[99], back[back.len() - 100]), (0, 0));
+        assert_eq!(disk.allocated(), 4 * C);
+    }
+
+    #[tokio::test]
+    async fn a_discard_gives_memory_back_and_extents_show_it() {
+        let disk = Memory::new(4 * C);
+        disk.write(&WriteBuf::new(&vec![1; 2 * CHUNK]), C, WriteFlags::empty())
+            .await
+            .unwrap();
+        assert_eq!(disk.allocated(), 2 * C);
+        disk.discard(C..2 * C).await.unwrap();
+        assert_eq!(disk.allocated(), C);
+        assert_eq!(
+            runs(&disk, 0..4 * C).await,
+            [
+                (2 * C, ExtentKind::Hole),
+                (C, ExtentKind::Data),
+                (C, ExtentKind::Hole)
+            ]
+        );
+        assert_eq!(runs(&disk, 3 * C - 10..3 * C + 10).await.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn the_largest_disk_is_one_hole() {
+        let disk = Memory::new(Geometry::MAX_SIZE);
+        let whole = runs(&disk, 0..Geometry::MAX_SIZE).await;
+        assert_eq!(whole, [(Geometry::MAX_SIZE, ExtentKind::Hole)]);
+        disk.discard(0..Geometry::MAX_SIZE).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_shrunk_disk_answers_out_of_range_and_forgets_its_end() {
+        let disk = Memory::new(2 * C);
+        disk.write(&WriteBuf::new(&[7; 16]), 2 * C - 16, WriteFlags::empty())
+            .await
+            .unwrap();
+        let seen = disk.geometry();
+        disk.resize(C);
+        assert_eq!(disk.changed(seen).await.size, C);
+        let mut buf = [0; 16];
+        let error = disk
+            .read(&mut ReadBuf::new(&mut buf), 2 * C - 16)
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange);
+        disk.resize(2 * C);
+        buf.fill(1);
+        disk.read(&mut ReadBuf::new(&mut buf), 2 * C - 16)
+            .await
+            .unwrap();
+        assert_eq!(buf, [0; 16]);
+    }
+
+    #[tokio::test]
+    async fn zeroes_that_keep_their_space_stay_allocated() {
+        let disk = Checked::new(Memory::new(C)).unwrap();
+        disk.write_zeroes(0..C, WriteFlags::NO_UNMAP).await.unwrap();
+        assert_eq!(runs(&disk, 0..C).await, [(C, ExtentKind::Data)]);
+        let fast = WriteFlags::NO_UNMAP | WriteFlags::FAST_ONLY;
+        let refused = disk.write_zeroes(0..C, fast).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported);
+    }
+
+    #[tokio::test]
+    async fn opens_as_a_device() {
+        let device = Device::open(Memory::new(C)).await.unwrap();
+        device.flush().await.unwrap();
+        device.close().await.unwrap();
+    }
+}
