@@ -1,3 +1,58 @@
-//! Everything that CI and a developer run.
+//! Everything that CI and a developer run: `cargo xtask test`, `cargo xtask fuzz`.
+//!
+//! A run is a list of steps (`test`), each a command whose output streams through
+//! and whose tests are counted (`report`). What a step needs from the machine is
+//! put there where that is allowed (`packages`, `targets`); what cannot be had is
+//! a skip, named with its reason.
 #![forbid(unsafe_code)]
-fn main() {}
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod features;
+mod fuzz;
+mod licences;
+mod packages;
+mod report;
+mod targets;
+mod test;
+
+/// Checks, tests and fuzzing of this workspace.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run every check and test; the last line counts them.
+    Test(test::Options),
+    /// Fuzz one target, or all of them in turn.
+    Fuzz(fuzz::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Test(options) => test::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The workspace's root directory.
+fn root() -> PathBuf {
+    let mut root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    root.pop();
+    root
+}
