@@ -249,7 +249,7 @@ impl Geometry {
     pub fn validate(&self) -> Result<(), InvalidGeometry> {
         let block = u64::from(self.logical_block_size);
         let power = |v: u64| v.is_power_of_two();
-        let blocks = |v: u64| block != 0 && v % block == 0;
+        let blocks = |v: u64| block != 0 && v.is_multiple_of(block);
         let max = u64::from(Self::MAX_ALIGNMENT);
         let check = |field, value: u64, ok: bool, rule| match ok {
             true => Ok(()),
