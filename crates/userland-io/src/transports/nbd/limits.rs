@@ -1,12 +1,13 @@
-//! How much a server lets its clients take, and the budget that all its
-//! connections share.
+//! How much a server lets its clients take, and what all its connections share.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 
 use super::wire;
+
+pub use super::transmission::Budget;
 
 /// How much a server lets its clients take. Every limit has a default that real clients never
 /// meet. There is no idle time-out: a disk that nobody reads for a week is no fault.
@@ -67,69 +68,12 @@ impl Limits {
         self.max_request = self.max_request.max(wire::DEFAULT_MAX_PAYLOAD);
         let request = self.max_request as usize;
         self.max_connection_bytes = self.max_connection_bytes.max(request);
-        self.max_server_bytes = self
-            .max_server_bytes
-            .clamp(request, Semaphore::MAX_PERMITS * Budget::UNIT);
+        self.max_server_bytes = self.max_server_bytes.max(request);
         self.max_in_flight = self.max_in_flight.max(1);
         self.max_options = self.max_options.max(1);
         // Names and queries are strings of up to 4 KiB.
         self.max_option_data = self.max_option_data.max(2 * wire::MAX_STRING);
         self
-    }
-}
-
-/// The bytes that all connections of one server may hold together.
-///
-/// Whoever needs a large buffer takes its length from here first, and waits if there is none
-/// left; what waits is served in order, so that a large request is not starved.
-#[derive(Clone, Debug)]
-pub struct Budget {
-    semaphore: Arc<Semaphore>,
-    units: u32,
-}
-
-/// Bytes taken from a [`Budget`], given back when dropped.
-#[derive(Debug)]
-#[must_use]
-pub struct Share {
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Budget {
-    /// Counted in pieces of this many bytes.
-    pub const UNIT: usize = 4096;
-
-    /// A budget of `bytes`, rounded up to whole units.
-    pub fn new(bytes: usize) -> Self {
-        let units = bytes.div_ceil(Self::UNIT).min(Semaphore::MAX_PERMITS);
-        Budget {
-            semaphore: Arc::new(Semaphore::new(units)),
-            units: u32::try_from(units).unwrap_or(u32::MAX),
-        }
-    }
-
-    fn units(&self, bytes: usize) -> u32 {
-        // More than everything would wait for ever.
-        u32::try_from(bytes.div_ceil(Self::UNIT))
-            .unwrap_or(u32::MAX)
-            .min(self.units)
-    }
-
-    /// Takes `bytes`, or answers none at once.
-    pub fn try_take(&self, bytes: usize) -> Option<Share> {
-        let permit = self.semaphore.clone();
-        let permit = permit.try_acquire_many_owned(self.units(bytes)).ok()?;
-        Some(Share { _permit: permit })
-    }
-
-    /// Takes `bytes`, waiting until they are free.
-    pub async fn take(&self, bytes: usize) -> Share {
-        let permit = self.semaphore.clone();
-        match permit.acquire_many_owned(self.units(bytes)).await {
-            Ok(permit) => Share { _permit: permit },
-            // The semaphore is never closed.
-            Err(_) => std::future::pending().await,
-        }
     }
 }
 

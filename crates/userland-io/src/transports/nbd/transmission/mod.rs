@@ -1,5 +1,10 @@
 //! The transmission phase: requests in, replies out, until the client leaves.
 
+#[allow(dead_code)] // until the loop stands
+mod budget;
+
+pub use budget::Budget;
+
 use std::io;
 
 use super::limits::Environment;
