@@ -1,0 +1,34 @@
+//! The engines' words.
+
+use crate::EngineExt;
+use crate::engines::{Memory, Null};
+use crate::stack::{Entry, Key, Kind, Registry};
+
+pub(super) fn add(registry: Registry) -> Registry {
+    let memory = Entry::new("memory", "a disk in memory, gone when it closes")
+        .positional(
+            Key::new("size", Kind::Size, "the disk's length")
+                .required()
+                .example("1G"),
+        )
+        .example("memory:1G");
+    let registry = registry.engine(memory, async |options| {
+        Ok(Memory::new(options.need("size")?).erase())
+    });
+
+    let null = Entry::new("null", "reads zeroes and forgets writes")
+        .positional(
+            Key::new("size", Kind::Size, "the disk's length")
+                .default("1G")
+                .example("10G"),
+        )
+        .key(Key::new("readonly", Kind::Flag, "refuse writes"))
+        .example("null:10G");
+    registry.engine(null, async |options| {
+        let null = Null::new(options.need("size")?);
+        Ok(match options.flag("readonly") {
+            true => null.read_only().erase(),
+            false => null.erase(),
+        })
+    })
+}
