@@ -12,6 +12,7 @@ mod filter;
 mod geometry;
 mod slots;
 
+pub mod copy;
 pub mod engines;
 pub mod layers;
 pub mod stack;
