@@ -9,7 +9,9 @@ pub mod session;
 pub mod socket;
 #[doc(hidden)]
 pub mod transmission;
+mod uri;
 #[doc(hidden)]
 pub mod wire;
 
 pub use limits::Limits;
+pub use uri::{Address, Uri, UriError};
