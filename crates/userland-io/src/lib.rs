@@ -21,7 +21,7 @@ pub mod transports;
 pub use any::AnyEngine;
 pub use buf::{AlignedBuf, ReadBuf, Segment, WriteBuf};
 pub use checked::Checked;
-pub use device::{Device, OpenError};
+pub use device::{Device, Histogram, Op, OpStats, OpenError, Stats};
 pub use engine::Engine;
 pub use error::{Error, ErrorKind, Result, errno};
 pub use extents::{Extent, ExtentKind, Extents};
