@@ -377,12 +377,13 @@ mod tests {
                 (|g, v| g.$name = v, |g| g.$name)
             };
         }
-        // field, upper, lower, together
+        type Rows<'a> = &'a [(u32, u32, u32)];
+        // upper, lower, together
         let larger = [(1, 4096, 4096), (4096, 512, 4096)];
         let lower_limit = [(0, 8, 8), (8, 0, 8), (8, 4, 4), (0, 0, 0)];
         let multiple = [(0, 8, 8), (8, 12, 24), (0, 0, 0)];
         let least = [(0, 8, 0), (16, 8, 8)];
-        let table: [((Set, Get), &[(u32, u32, u32)]); 11] = [
+        let table: [((Set, Get), Rows<'_>); 10] = [
             (field!(logical_block_size), &larger),
             (field!(physical_block_size), &larger),
             (field!(io_min), &larger),
@@ -392,7 +393,6 @@ mod tests {
             (field!(max_write_zeroes), &lower_limit),
             (field!(io_opt), &multiple),
             (field!(discard_granularity), &multiple),
-            (field!(atomic_write_unit), &least),
             (field!(atomic_write_unit), &least),
         ];
         for ((set, get), rows) in table {

@@ -57,8 +57,8 @@ mod portable {
     pub(in super::super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
         let mut at = 0;
         // Word accesses need both sides on word boundaries at the same time.
-        if (from as usize) % WORD == (to as usize) % WORD {
-            while at < len && (to as usize + at) % WORD != 0 {
+        if from.addr() % WORD == to.addr() % WORD {
+            while at < len && !(to.addr() + at).is_multiple_of(WORD) {
                 // SAFETY: at < len, so both sides are inside what the caller vouches for.
                 unsafe { to.add(at).write_volatile(from.add(at).read_volatile()) };
                 at += 1;

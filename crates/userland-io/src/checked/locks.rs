@@ -51,7 +51,7 @@ pub(super) struct OrphanAhead;
 /// answered; dropped before that, an active one becomes an orphan.
 #[derive(Debug)]
 pub(super) struct Guard<'a> {
-    locks: &'a RangeLocks,
+    locks: Option<&'a RangeLocks>,
     id: u64,
 }
 
@@ -72,7 +72,10 @@ impl RangeLocks {
             exclusive,
             state: State::Waiting(None),
         });
-        Guard { locks: self, id }
+        Guard {
+            locks: Some(self),
+            id,
+        }
     }
 
     /// The operations that were dropped half-way and may still act.
@@ -124,10 +127,18 @@ impl Place {
 }
 
 impl Guard<'_> {
+    /// A place in no queue, for what nothing can stand in the way of.
+    pub(super) fn none() -> Self {
+        Guard { locks: None, id: 0 }
+    }
+
     /// Waits until nothing before this place stands in its way.
     pub(super) async fn wait(&self) -> Result<(), OrphanAhead> {
+        let Some(locks) = self.locks else {
+            return Ok(());
+        };
         poll_fn(|cx| {
-            let mut queue = self.locks.queue_mut();
+            let mut queue = locks.queue_mut();
             let places = &mut queue.places;
             // Ids ascend, and a place stays until its guard is gone.
             let Ok(own) = places.binary_search_by_key(&self.id, |p| p.id) else {
@@ -150,16 +161,19 @@ impl Guard<'_> {
     }
 
     /// The operation has answered: the place is given back.
-    pub(super) fn finish(self) {
-        let (locks, id) = (self.locks, self.id);
-        std::mem::forget(self);
-        locks.leave(|place| place.id == id);
+    pub(super) fn finish(mut self) {
+        if let Some(locks) = self.locks.take() {
+            locks.leave(|place| place.id == self.id);
+        }
     }
 }
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
-        let mut queue = self.locks.queue_mut();
+        let Some(locks) = self.locks else {
+            return;
+        };
+        let mut queue = locks.queue_mut();
         let Ok(own) = queue.places.binary_search_by_key(&self.id, |p| p.id) else {
             return;
         };

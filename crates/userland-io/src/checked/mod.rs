@@ -139,10 +139,10 @@ impl<E: Engine> Checked<E> {
     }
 
     /// Keeps read-modify-writes off the blocks of an aligned mutation, where there can be any.
-    async fn beside_rmw(&self, range: &Range<u64>) -> Result<Option<Guard<'_>>> {
+    async fn beside_rmw(&self, range: &Range<u64>) -> Result<Guard<'_>> {
         match self.block() {
-            1 => Ok(None),
-            _ => Ok(Some(self.lock(range.clone(), false).await?)),
+            1 => Ok(Guard::none()),
+            _ => self.lock(range.clone(), false).await,
         }
     }
 
@@ -231,7 +231,7 @@ impl<E: Engine> Engine for Checked<E> {
         if self.is_aligned(&range) {
             let guard = self.beside_rmw(&range).await?;
             let result = self.write_pieces(buf, range, flags).await;
-            guard.map(Guard::finish);
+            guard.finish();
             result?;
         } else {
             Box::pin(self.modify(bounce::Source::Bytes(buf), range, flags)).await?;
@@ -269,7 +269,7 @@ impl<E: Engine> Engine for Checked<E> {
                 break;
             }
         }
-        guard.map(Guard::finish);
+        guard.finish();
         result
     }
 

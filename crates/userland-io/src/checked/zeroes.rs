@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use super::bounce::Source;
-use super::locks::Guard;
 use super::{Checked, limit, pieces};
 use crate::{Engine, ErrorKind, Features, Result, WriteBuf, WriteFlags};
 
@@ -28,7 +27,7 @@ impl<E: Engine> Checked<E> {
         if !blocks.is_empty() {
             let guard = self.beside_rmw(&blocks).await?;
             let result = self.zero_blocks(blocks.clone(), flags).await;
-            guard.map(Guard::finish);
+            guard.finish();
             result?;
         }
         let edges = match blocks.is_empty() {

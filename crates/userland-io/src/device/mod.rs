@@ -26,24 +26,28 @@ pub use stats::{Histogram, Op, OpStats, Stats};
 ///
 /// Requests end before the handle they were made on: the future borrows it. So when the last handle is
 /// [closed](Self::close), nothing is in flight.
-pub struct Device<E: Engine = AnyEngine> {
+pub struct Device<E = AnyEngine> {
     inner: Arc<Inner<E>>,
     read_only: bool,
 }
 
-struct Inner<E: Engine> {
+struct Inner<E> {
     engine: Checked<E>,
     monitor: Monitor,
-    closed: AtomicBool,
+    /// Whether dropping the disk as it is may lose writes.
+    owes_flush: AtomicBool,
 }
 
-impl<E: Engine> std::fmt::Debug for Device<E> {
+impl<E> std::fmt::Debug for Device<E> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Device").field(&self.geometry()).finish()
+        f.debug_struct("Device")
+            .field("engine", &self.inner.engine)
+            .field("read_only", &self.read_only)
+            .finish()
     }
 }
 
-impl<E: Engine> Clone for Device<E> {
+impl<E> Clone for Device<E> {
     fn clone(&self) -> Self {
         Device {
             inner: self.inner.clone(),
@@ -98,7 +102,7 @@ impl<E: Engine> Device<E> {
             inner: Arc::new(Inner {
                 engine,
                 monitor: Monitor::default(),
-                closed: AtomicBool::new(false),
+                owes_flush: AtomicBool::new(geometry.needs_flush()),
             }),
             read_only: false,
         })
@@ -128,7 +132,7 @@ impl<E: Engine> Device<E> {
         let Some(inner) = Arc::into_inner(self.inner) else {
             return Ok(());
         };
-        inner.closed.store(true, Ordering::Relaxed);
+        inner.owes_flush.store(false, Ordering::Relaxed);
         let closing = inner.engine.close();
         let closed = inner.monitor.run(Op::Flush, 0, 0, closing).await;
         // What a panic left half-way was not made durable by a close either.
@@ -136,10 +140,9 @@ impl<E: Engine> Device<E> {
     }
 }
 
-impl<E: Engine> Drop for Inner<E> {
+impl<E> Drop for Inner<E> {
     fn drop(&mut self) {
-        let lost = self.engine.geometry().needs_flush();
-        if lost && !*self.closed.get_mut() && !std::thread::panicking() {
+        if *self.owes_flush.get_mut() {
             tracing::warn!(
                 "a disk was dropped without close: writes after the last flush may be lost"
             );
