@@ -2,6 +2,7 @@
 #![warn(clippy::undocumented_unsafe_blocks)]
 
 mod any;
+mod blocking;
 mod buf;
 mod checked;
 mod device;
@@ -11,6 +12,7 @@ mod extents;
 mod filter;
 mod geometry;
 mod slots;
+mod threads;
 
 pub mod copy;
 pub mod engines;
@@ -19,6 +21,7 @@ pub mod stack;
 pub mod transports;
 
 pub use any::AnyEngine;
+pub use blocking::{Blocking, BlockingEngine};
 pub use buf::{AlignedBuf, ReadBuf, Segment, WriteBuf};
 pub use checked::Checked;
 pub use device::{Device, Histogram, Op, OpStats, OpenError, Stats};
