@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Where `name` is, or `None` once the skip is told.
-pub fn program(name: &str) -> Option<PathBuf> {
+pub(crate) fn program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     // Debian keeps mke2fs and its kin where an ordinary user's PATH does not look.
     let more = ["/usr/sbin", "/sbin"].map(PathBuf::from);
@@ -32,7 +32,7 @@ pub fn program(name: &str) -> Option<PathBuf> {
 }
 
 /// The system's python3, if it can import `module`, or `None` once the skip is told.
-pub fn python(module: &str) -> Option<PathBuf> {
+pub(crate) fn python(module: &str) -> Option<PathBuf> {
     // Not the PATH's: Debian's modules belong to Debian's python.
     let python = Path::new("/usr/bin/python3");
     let mut import = Command::new(python);
@@ -50,7 +50,7 @@ pub fn python(module: &str) -> Option<PathBuf> {
 }
 
 /// Tells that the calling test does not run, and why. Return after it.
-pub fn skip(reason: &str) {
+pub(crate) fn skip(reason: &str) {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("main");
     // Straight to stderr: libtest keeps what print! and eprintln! say of a test that passes.
