@@ -1,0 +1,296 @@
+//! The arguments: what each command takes, and the examples in its help.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
+use userland_io::copy::CopyOptions;
+use userland_io::stack::{parse_duration, parse_size};
+use userland_io::transports::nbd::{Uri, UriError};
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+/// Serve, inspect and copy userland disks
+///
+/// A disk is written as a stack of words, bottom first: an engine, then any layers over it, each as
+/// `name:value,key=value,flag`. `ulio engines` lists them. The URI of an NBD server is a stack, too.
+#[derive(Debug, Parser)]
+#[command(name = "ulio", version, styles = STYLES, after_help = "\
+Examples:
+  ulio serve file:disk.img,size=10G
+  ulio info nbd://127.0.0.1:10809
+  ulio copy nbd://127.0.0.1:10809 file:backup.img
+  ulio engines file")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    /// What to log on stderr, such as `debug` or `userland_io=trace`; the default is the variable ULIO_LOG, else `warn`
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Serve(Serve),
+    Info(Info),
+    Copy(Copy),
+    Engines(Engines),
+    Completions(Completions),
+    Man(Man),
+}
+
+/// Serve disks to NBD clients
+///
+/// Prints the URI of each export on stdout, and commands to try on stderr. Ctrl-C or SIGTERM ends it: requests
+/// in flight are finished, the disks flushed and closed, and the exit code tells whether that went well. A second
+/// signal leaves at once. Started by systemd's socket activation it takes the sockets that it is handed.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio serve file:disk.img,size=10G
+  ulio serve memory:1G --listen 'nbd+unix:///?socket=/run/disk.sock'
+  ulio serve --export a=file:a.img --export b='file:b.img delay:read=5ms' --listen nbd://[::1]:10810")]
+pub(crate) struct Serve {
+    /// The words of the default export's stack, bottom first
+    #[arg(value_name = "STACK", required_unless_present = "export")]
+    pub(crate) stack: Vec<String>,
+
+    /// A further export: a name, and the words of its stack separated by spaces
+    #[arg(long, short, value_name = "NAME=STACK", value_parser = export)]
+    pub(crate) export: Vec<Export>,
+
+    /// Where to listen: nbd://HOST[:PORT] or nbd+unix:///?socket=PATH; port 0 takes a free one
+    ///
+    /// The default is port 10809 of this machine only, nbd://127.0.0.1:10809 and nbd://[::1]:10809.
+    #[arg(long, short, value_name = "URI", value_parser = listen)]
+    pub(crate) listen: Vec<Uri>,
+
+    /// Refuse writes, whatever the stacks allow
+    #[arg(long, short)]
+    pub(crate) read_only: bool,
+
+    /// The permissions of Unix sockets, in octal
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = mode)]
+    pub(crate) socket_mode: u32,
+
+    /// How long a client may take to choose its export
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub(crate) handshake_timeout: Duration,
+
+    /// How many clients may be connected at once
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = count::<1_000_000>)]
+    pub(crate) max_connections: usize,
+
+    /// Print the exports and their URIs as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A named stack.
+#[derive(Clone, Debug)]
+pub(crate) struct Export {
+    pub(crate) name: String,
+    pub(crate) stack: String,
+}
+
+/// Show a disk's size, limits, claims and allocation
+///
+/// The stack is opened as its words say. The URI of a server that has several exports lists them.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio info file:disk.img
+  ulio info --map nbd://127.0.0.1:10809/a
+  ulio info --json nbd://127.0.0.1:10809")]
+pub(crate) struct Info {
+    /// The words of a stack, bottom first, or a server's URI
+    #[arg(value_name = "STACK|URI", required = true)]
+    pub(crate) stack: Vec<String>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Print each run of data, zeroes and holes
+    #[arg(long)]
+    pub(crate) map: bool,
+}
+
+/// Copy one disk onto another
+///
+/// Holes stay holes. Where the source is zero the target is made zero, unless it says that it is already.
+/// A target that is shorter is refused; one that is longer keeps what lies beyond. A `file:` that does not exist
+/// is created with the source's size. The target is flushed at the end, and only then the exit code is 0.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio copy nbd://127.0.0.1:10809 file:backup.img
+  ulio copy --verify file:backup.img nbd://127.0.0.1:10809
+  ulio copy 'file:disk.img offset:partition=1' file:root.img")]
+pub(crate) struct Copy {
+    /// A stack (its words in one argument, separated by spaces) or a server's URI; opened read-only where it can be
+    #[arg(value_name = "SOURCE")]
+    pub(crate) source: String,
+
+    /// Likewise
+    #[arg(value_name = "TARGET")]
+    pub(crate) target: String,
+
+    /// Read both disks again afterwards, and compare
+    #[arg(long)]
+    pub(crate) verify: bool,
+
+    /// How many requests are in flight at once
+    #[arg(long, short, value_name = "N", default_value_t = 16, value_parser = count::<{ CopyOptions::MAX_IN_FLIGHT }>)]
+    pub(crate) jobs: usize,
+
+    /// How long a request is at most, up to 64M
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = request_size)]
+    pub(crate) request_size: u32,
+
+    /// Show progress, even if stderr is no terminal
+    #[arg(long, overrides_with = "no_progress")]
+    pub(crate) progress: bool,
+
+    /// Show no progress, even if stderr is a terminal
+    #[arg(long)]
+    pub(crate) no_progress: bool,
+}
+
+/// List the engines and layers that stacks are made of, with every key
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio engines
+  ulio engines file
+  ulio engines --json")]
+pub(crate) struct Engines {
+    /// Only this engine or layer
+    pub(crate) name: Option<String>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Print a shell's completions
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio completions bash > ~/.local/share/bash-completion/completions/ulio
+  ulio completions zsh > ~/.zfunc/_ulio
+  ulio completions fish > ~/.config/fish/completions/ulio.fish")]
+pub(crate) struct Completions {
+    /// Which shell
+    pub(crate) shell: Shell,
+}
+
+/// Write the manual pages
+///
+/// One page for ulio and one for each command; without a directory, ulio's own on stdout.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio man ~/.local/share/man/man1
+  ulio man | man -l -")]
+pub(crate) struct Man {
+    /// Where to write them; created if need be
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) directory: Option<PathBuf>,
+}
+
+fn export(text: &str) -> Result<Export, String> {
+    let (name, stack) = text
+        .split_once('=')
+        .filter(|(name, _)| !name.contains([':', ' ']))
+        .ok_or("write NAME=STACK, such as backup=file:backup.img")?;
+    if stack.trim().is_empty() {
+        return Err(format!(
+            "the export `{name}` has no stack: write {name}=file:disk.img, say"
+        ));
+    }
+    Ok(Export {
+        name: name.to_owned(),
+        stack: stack.to_owned(),
+    })
+}
+
+fn listen(text: &str) -> Result<Uri, String> {
+    let uri: Uri = text.parse().map_err(|error: UriError| error.to_string())?;
+    match uri.export() {
+        "" => Ok(uri),
+        name => Err(format!(
+            "it names the export `{name}`, and one address serves all of them: leave the name out"
+        )),
+    }
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|&mode| mode <= 0o777)
+        .ok_or_else(|| "write three octal digits, such as 0660".to_owned())
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let time = parse_duration(text).map_err(|error| error.to_string())?;
+    match time.is_zero() {
+        true => Err("it must be longer than nothing, such as 10s".to_owned()),
+        false => Ok(time),
+    }
+}
+
+fn count<const MOST: usize>(text: &str) -> Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|count| (1..=MOST).contains(count))
+        .ok_or_else(|| format!("write a number from 1 to {MOST}"))
+}
+
+fn request_size(text: &str) -> Result<u32, String> {
+    let size = parse_size(text).map_err(|error| error.to_string())?;
+    match u32::try_from(size) {
+        Ok(size) if (4096..=CopyOptions::MAX_REQUEST).contains(&size) => Ok(size),
+        _ => Err("write a size from 4K to 64M".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_contradict_nothing() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string);
+            let example = format!("  ulio {}", command.get_name());
+            assert!(help.unwrap_or_default().contains(&example), "{example}");
+        }
+    }
+
+    #[test]
+    fn an_export_is_a_name_and_a_stack() {
+        let named = export("a=file:x,size=1G delay:read=5ms").unwrap();
+        assert_eq!(
+            (&*named.name, &*named.stack),
+            ("a", "file:x,size=1G delay:read=5ms")
+        );
+        assert_eq!(export("=null").unwrap().name, "");
+        // A stack without a name, whose first `=` is a key's.
+        assert!(export("file:x,size=1G").is_err());
+        assert!(export("a=").unwrap_err().contains("`a` has no stack"));
+    }
+}

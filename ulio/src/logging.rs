@@ -1,0 +1,34 @@
+//! The log: on stderr, as `--log` or `ULIO_LOG` say.
+
+use std::io;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::errors::Failure;
+
+/// Where the filter comes from if there is no `--log`.
+const VARIABLE: &str = "ULIO_LOG";
+
+/// Starts it.
+pub(crate) fn start(option: Option<&str>) -> Result<(), Failure> {
+    let variable = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
+    let (origin, text) = match (option, &variable) {
+        (Some(text), _) => ("--log", text),
+        (None, Some(text)) => (VARIABLE, text.as_str()),
+        (None, None) => ("", "warn"),
+    };
+    let filter = EnvFilter::try_new(text).map_err(|error| {
+        Failure::Usage(format!(
+            "{origin} `{text}`: {error}; write a level (error, warn, info, debug, trace), or \
+             TARGET=LEVEL pairs with commas between, such as userland_io=debug"
+        ))
+    })?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        // Else it would panic when stderr has gone.
+        .log_internal_errors(false)
+        .init();
+    Ok(())
+}
