@@ -63,7 +63,6 @@ impl Default for Limits {
 
 impl Limits {
     /// The same limits, with those raised that would leave a well-behaved client stuck.
-    #[allow(dead_code)] // until the server stands
     pub(crate) fn sane(mut self) -> Self {
         self.max_request = self.max_request.max(wire::DEFAULT_MAX_PAYLOAD);
         let request = self.max_request as usize;
