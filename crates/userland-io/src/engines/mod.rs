@@ -2,6 +2,8 @@
 
 mod memory;
 mod null;
+mod pattern;
 
 pub use memory::Memory;
 pub use null::Null;
+pub use pattern::Pattern;
