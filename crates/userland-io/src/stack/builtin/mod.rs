@@ -1,9 +1,10 @@
 //! This library's own names, each with its keys and how it is made of them.
 
 mod engines;
+mod layers;
 
 use super::Registry;
 
 pub(super) fn add(registry: Registry) -> Registry {
-    engines::add(registry)
+    layers::add(engines::add(registry))
 }
