@@ -24,6 +24,8 @@ pub struct Slots<F> {
     free: Vec<usize>,
     capacity: usize,
     ready: Arc<Ready>,
+    /// Bits taken from `ready` whose slots are yet to be polled.
+    taken: Box<[u64]>,
 }
 
 struct Slot<F> {
@@ -59,16 +61,16 @@ impl Wake for SlotWaker {
 impl<F: Future> Slots<F> {
     /// `capacity` slots, none of them allocated yet.
     pub fn new(capacity: usize) -> Self {
+        let words = capacity.div_ceil(64);
         Slots {
             slots: Vec::new(),
             free: Vec::new(),
             capacity,
             ready: Arc::new(Ready {
-                woken: (0..capacity.div_ceil(64))
-                    .map(|_| AtomicU64::new(0))
-                    .collect(),
+                woken: (0..words).map(|_| AtomicU64::new(0)).collect(),
                 task: AtomicWaker::new(),
             }),
+            taken: vec![0; words].into(),
         }
     }
 
@@ -101,31 +103,44 @@ impl<F: Future> Slots<F> {
     }
 
     /// The output of a future that has ended: `Ready(None)` when none is running. Call again until `Pending`.
+    ///
+    /// A future that wakes itself is polled in the task's next turn, not again in this one: it may be asking
+    /// for just that (tokio's budget does).
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<F::Output>> {
         if self.in_flight() == 0 {
             return Poll::Ready(None);
         }
         self.ready.task.register(cx.waker());
-        for word in 0..self.ready.woken.len() {
-            loop {
-                let bits = self.ready.woken[word].load(Ordering::Acquire);
-                if bits == 0 {
-                    break;
-                }
-                let bit = bits & bits.wrapping_neg();
-                self.ready.woken[word].fetch_and(!bit, Ordering::AcqRel);
-                let index = word * 64 + bit.trailing_zeros() as usize;
-                // A wake may come late, for a future that has ended since.
-                if self.slots[index].future.is_none() {
-                    continue;
-                }
+        if let Some(output) = self.poll_taken() {
+            return Poll::Ready(Some(output));
+        }
+        for (taken, woken) in self.taken.iter_mut().zip(&self.ready.woken) {
+            // A word that is zero is left to the cores that write it.
+            if woken.load(Ordering::Relaxed) != 0 {
+                *taken = woken.swap(0, Ordering::AcqRel);
+            }
+        }
+        match self.poll_taken() {
+            Some(output) => Poll::Ready(Some(output)),
+            None => Poll::Pending,
+        }
+    }
+
+    /// Polls the slots whose bits were taken until one ends.
+    fn poll_taken(&mut self) -> Option<F::Output> {
+        for word in 0..self.taken.len() {
+            while self.taken[word] != 0 {
+                let bit = self.taken[word].trailing_zeros() as usize;
+                self.taken[word] &= self.taken[word] - 1;
+                let index = word * 64 + bit;
+                // A wake may come late, for a future that has ended since: then the slot is empty, or polled for nothing.
                 if let Poll::Ready(output) = self.poll_slot(index) {
                     self.free.push(index);
-                    return Poll::Ready(Some(output));
+                    return Some(output);
                 }
             }
         }
-        Poll::Pending
+        None
     }
 
     fn add_slot(&mut self) -> usize {
@@ -166,5 +181,96 @@ impl<F> std::fmt::Debug for Slots<F> {
             self.slots.len() - self.free.len(),
             self.capacity
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::future::poll_fn;
+    use std::rc::Rc;
+    use std::task::Waker;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    fn now<F: Future>(slots: &mut Slots<F>) -> Poll<Option<F::Output>> {
+        slots.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    #[test]
+    fn what_is_ready_at_once_takes_no_slot() {
+        let mut slots = Slots::new(1);
+        for n in 0..3 {
+            assert_eq!(slots.start(std::future::ready(n)), Poll::Ready(n));
+            assert_eq!(slots.in_flight(), 0);
+        }
+        assert_eq!(now(&mut slots), Poll::Ready(None));
+    }
+
+    #[test]
+    fn only_what_was_woken_is_polled() {
+        let polls = RefCell::new(Vec::new());
+        let wakers: Rc<RefCell<Vec<Option<Waker>>>> = Rc::new(RefCell::new(vec![None; 100]));
+        let mut slots = Slots::new(100);
+        for n in 0..100_usize {
+            let (polls, wakers, mut woken) = (&polls, wakers.clone(), false);
+            let future = poll_fn(move |cx| {
+                polls.borrow_mut().push(n);
+                wakers.borrow_mut()[n] = Some(cx.waker().clone());
+                match std::mem::replace(&mut woken, true) {
+                    true => Poll::Ready(n),
+                    false => Poll::Pending,
+                }
+            });
+            assert!(slots.start(future).is_pending());
+        }
+        assert!(slots.is_full());
+        assert!(now(&mut slots).is_pending());
+        polls.borrow_mut().clear();
+        for n in [70, 3, 99] {
+            let waker = wakers.borrow()[n].clone().unwrap();
+            waker.wake_by_ref();
+            waker.wake();
+        }
+        let mut ended = Vec::new();
+        while let Poll::Ready(Some(n)) = now(&mut slots) {
+            ended.push(n);
+        }
+        assert_eq!(ended, [3, 70, 99]);
+        assert_eq!(*polls.borrow(), ended);
+        assert_eq!(slots.in_flight(), 97);
+        // A late wake, for a future that has ended, and a slot that is used again.
+        wakers.borrow()[3].as_ref().unwrap().wake_by_ref();
+        assert!(now(&mut slots).is_pending());
+    }
+
+    #[test]
+    #[should_panic(expected = "all 1 slots are taken")]
+    fn a_full_house_is_the_callers_mistake() {
+        let mut slots = Slots::new(1);
+        for _ in 0..2 {
+            let _ = slots.start(std::future::pending::<()>());
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn no_wake_from_another_thread_is_lost() {
+        let mut slots = Slots::new(64);
+        let mut sum = 0;
+        for round in 0..500_u64 {
+            for n in 0..64 {
+                let (answer, asked) = oneshot::channel();
+                let started = slots.start(async move { asked.await.unwrap_or(0_u64) });
+                assert!(started.is_pending());
+                tokio::spawn(async move { answer.send(round * 64 + n) });
+            }
+            while let Some(n) = poll_fn(|cx| slots.poll(cx)).await {
+                sum += n;
+            }
+        }
+        let count = 500 * 64;
+        assert_eq!(sum, count * (count - 1) / 2);
     }
 }

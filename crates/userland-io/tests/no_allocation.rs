@@ -1,0 +1,71 @@
+//! A request through a device and its slots allocates nothing in a static stack,
+//! and one small box at an erased boundary. The whole binary counts, so it is one test.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use userland_io::engines::Memory;
+use userland_io::{Device, Engine, EngineExt, ReadBuf, Slots, WriteBuf, WriteFlags};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's word is passed on.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's word is passed on.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// How many allocations 1,000 rounds of a write and a read in each of 8 slots take.
+async fn allocations<E: Engine>(engine: E) -> u64 {
+    let device = Device::open(engine).await.unwrap();
+    let mut slots = Slots::new(8);
+    let mut before = 0;
+    for round in 0..1001_u64 {
+        // The first round makes the slots and the engine's memory.
+        if round == 1 {
+            before = ALLOCATIONS.load(Ordering::Relaxed);
+        }
+        for n in 0..8 {
+            let device = &device;
+            let started = slots.start(async move {
+                let mut bytes = [round as u8; 4096];
+                // Waits once, so that each slot is really taken.
+                tokio::task::yield_now().await;
+                device
+                    .write(&WriteBuf::new(&bytes), n * 4096, WriteFlags::empty())
+                    .await?;
+                device.read(&mut ReadBuf::new(&mut bytes), n * 4096).await
+            });
+            assert!(started.is_pending());
+        }
+        while let Some(result) = poll_fn(|cx| slots.poll(cx)).await {
+            result.unwrap();
+        }
+    }
+    ALLOCATIONS.load(Ordering::Relaxed) - before
+}
+
+#[test]
+fn a_static_stack_allocates_nothing_and_an_erased_one_a_box_per_request() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        assert_eq!(allocations(Memory::new(1 << 20)).await, 0);
+        let erased = allocations(Memory::new(1 << 20).erase()).await;
+        assert_eq!(erased, 1000 * 8 * 2);
+    });
+}
