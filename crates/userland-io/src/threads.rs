@@ -292,10 +292,12 @@ impl<F, T> Drop for Running<F, T> {
 
 /// Counts what is under way in groups, so that one can wait for all that began before a moment
 /// without waiting for what began since.
+#[derive(Debug)]
 pub(crate) struct Epochs {
     state: Mutex<EpochState>,
 }
 
+#[derive(Debug)]
 struct EpochState {
     /// The number of the front group.
     first: u64,

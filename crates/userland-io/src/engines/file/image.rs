@@ -1,0 +1,385 @@
+//! The open file, and what is done to it: system calls in loops, on a thread that may block.
+//!
+//! # What failed syncs do
+//!
+//! The kernel reports a failed write-back once per open file, to whichever `fdatasync` or
+//! durable write asks first, and forgets the pages. So after such a report every mutation and
+//! flush fails (the latch). Because one call may take the report that belongs to another's data,
+//! no sync is believed before those that ran beside it have ended and had their chance to latch:
+//! [`Image::agree`].
+//!
+//! A durable write (FUA) fails for two reasons that look alike: the write itself (no space, say),
+//! after which all is well, or the sync behind it. The second handle tells: it has seen no report
+//! yet, so if a sync of it succeeds, nothing was lost and everything is durable.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::extents;
+use super::sys::Calls;
+use crate::threads::Epochs;
+use crate::{AlignedBuf, Error, ErrorKind, ExtentKind, Extents, Geometry, Result, WriteFlags};
+
+/// The longest transfer through memory of the engine's own, in bytes.
+pub(super) const MAX_PIECE: usize = 1 << 20;
+
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) calls: Box<dyn Calls>,
+    /// Carries the lock; open for direct I/O if `align` is not 1.
+    pub(super) file: File,
+    /// A second, buffered handle: serves the odd tail of a direct file, and tells why a durable write failed.
+    pub(super) beside: Option<File>,
+    pub(super) geometry: Geometry,
+    pub(super) is_device: bool,
+    pub(super) direct: bool,
+    /// What offsets and lengths of direct I/O are multiples of; 1 for buffered.
+    pub(super) align: u32,
+    /// From here on `beside` serves; the size if there is no odd tail.
+    pub(super) tail_start: u64,
+    pub(super) lacks: Lacks,
+    pub(super) buffers: Buffers,
+    pub(super) latch: AtomicBool,
+    pub(super) syncs: Epochs,
+}
+
+/// What the file system turned out not to do, so that it is asked once.
+#[derive(Debug, Default)]
+pub(super) struct Lacks {
+    pub(super) read_cached: AtomicBool,
+    pub(super) write_cached: AtomicBool,
+    pub(super) write_durable: AtomicBool,
+    pub(super) punch: AtomicBool,
+    pub(super) zero: AtomicBool,
+    pub(super) zero_blocks: AtomicBool,
+    pub(super) extents: AtomicBool,
+}
+
+/// Which handle serves a piece of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    Main,
+    Tail,
+}
+
+impl Image {
+    /// The handle for the first piece of a request at `offset` with `left` bytes to go, and the piece's length.
+    pub(super) fn piece(&self, offset: u64, left: usize) -> (Lane, usize) {
+        let left = left.min(MAX_PIECE);
+        match self.tail_start.checked_sub(offset) {
+            None | Some(0) => (Lane::Tail, left),
+            Some(before) => (
+                Lane::Main,
+                left.min(usize::try_from(before).unwrap_or(left)),
+            ),
+        }
+    }
+
+    fn handle(&self, lane: Lane) -> &File {
+        match (lane, &self.beside) {
+            (Lane::Tail, Some(beside)) => beside,
+            _ => &self.file,
+        }
+    }
+
+    /// Reads all of `buf`.
+    pub(super) fn read(&self, lane: Lane, buf: &mut [u8], offset: u64) -> Result {
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset + done as u64;
+            let len = rest.len();
+            match self.calls.read(self.handle(lane), rest, at) {
+                Ok(0) => return Err(self.ended(at)),
+                Ok(got) => match self.whole(lane, got, len) {
+                    0 => return Err(self.ended(at + got as u64)),
+                    got => done += got,
+                },
+                Err(error) if is_interrupted(&error) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `buf`.
+    pub(super) fn write(&self, lane: Lane, buf: &[u8], offset: u64) -> Result {
+        self.check()?;
+        Ok(self.write_with(lane, buf, offset, |file, rest, at| {
+            self.calls.write(file, rest, at)
+        })?)
+    }
+
+    fn write_with(
+        &self,
+        lane: Lane,
+        buf: &[u8],
+        offset: u64,
+        write: impl Fn(&File, &[u8], u64) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let mut done = 0;
+        while let Some(rest) = buf.get(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset + done as u64;
+            match write(self.handle(lane), rest, at) {
+                Ok(put) => match self.whole(lane, put, rest.len()) {
+                    0 => {
+                        let text = format!("{put} of {} bytes written at {at}", rest.len());
+                        return Err(io::Error::new(io::ErrorKind::WriteZero, text));
+                    }
+                    put => done += put,
+                },
+                Err(error) if is_interrupted(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// What of a transfer counts: a direct one goes on from a block's start only.
+    fn whole(&self, lane: Lane, transferred: usize, asked: usize) -> usize {
+        match lane {
+            Lane::Main if transferred < asked => {
+                transferred - transferred % (self.align.max(1) as usize)
+            }
+            _ => transferred.min(asked),
+        }
+    }
+
+    /// Writes all of `buf`, durable when it answers. [`agree`](Self::agree) has the last word.
+    pub(super) fn write_durable(&self, lane: Lane, buf: &[u8], offset: u64) -> Result {
+        self.check()?;
+        // A tail's handle must not use up its reports: it is the witness.
+        if let (Lane::Main, Some(witness)) = (lane, &self.beside)
+            && !self.lacks.write_durable.load(Ordering::Relaxed)
+        {
+            let _counted = Counted::new(&self.syncs);
+            let written = self.write_with(lane, buf, offset, |file, rest, at| {
+                self.calls.write_durable(file, rest, at)
+            });
+            match written {
+                Ok(()) => return Ok(()),
+                Err(error) if is_unsupported(&error) => {
+                    self.lacks.write_durable.store(true, Ordering::Relaxed);
+                }
+                Err(error) => {
+                    if again(|| self.calls.sync(witness)).is_err() {
+                        self.latch.store(true, Ordering::SeqCst);
+                    }
+                    return Err(error.into());
+                }
+            }
+        }
+        self.write(lane, buf, offset)?;
+        self.sync()
+    }
+
+    /// Makes durable what was written. [`agree`](Self::agree) has the last word.
+    pub(super) fn sync(&self) -> Result {
+        self.check()?;
+        let _counted = Counted::new(&self.syncs);
+        again(|| self.calls.sync(&self.file)).map_err(|error| {
+            self.latch.store(true, Ordering::SeqCst);
+            error.into()
+        })
+    }
+
+    /// To be awaited after a sync or a durable write succeeded, before that is believed.
+    pub(super) async fn agree(&self) -> Result {
+        self.syncs.settled().await;
+        self.check()
+    }
+
+    /// Fails once a sync has failed.
+    pub(super) fn check(&self) -> Result {
+        match self.latch.load(Ordering::SeqCst) {
+            false => Ok(()),
+            true => Err(Error::new(
+                ErrorKind::Io,
+                "a flush failed earlier, so writes before it may be lost: open the disk again",
+            )),
+        }
+    }
+
+    /// Tells the file system or the device that a range is not wanted any more.
+    pub(super) fn discard(&self, range: Range<u64>) -> Result {
+        self.check()?;
+        let (at, len) = (range.start, range.end - range.start);
+        Ok(again(|| match self.is_device {
+            true => self.calls.discard_blocks(&self.file, at, len),
+            false => self.calls.punch(&self.file, at, len),
+        })?)
+    }
+
+    /// Zeroes a range by whatever is quicker than writing; else `Unsupported`.
+    pub(super) fn write_zeroes(&self, range: Range<u64>, flags: WriteFlags) -> Result {
+        self.check()?;
+        let (at, len) = (range.start, range.end - range.start);
+        let punch = || self.calls.punch(&self.file, at, len);
+        let keeps = flags.contains(WriteFlags::NO_UNMAP);
+        if keeps || !ask_once(&self.lacks.punch, punch)? {
+            let zeroed = match self.is_device {
+                false => ask_once(&self.lacks.zero, || self.calls.zero(&self.file, at, len))?,
+                // The kernel may write these out.
+                true if flags.contains(WriteFlags::FAST_ONLY) => false,
+                true => ask_once(&self.lacks.zero_blocks, || {
+                    self.calls.zero_blocks(&self.file, at, len)
+                })?,
+            };
+            if !zeroed {
+                return Err(ErrorKind::Unsupported.into());
+            }
+        }
+        match flags.contains(WriteFlags::FUA) {
+            true => self.sync(),
+            false => Ok(()),
+        }
+    }
+
+    pub(super) fn extents(&self, range: Range<u64>, out: &mut Extents) -> Result {
+        if !self.lacks.extents.load(Ordering::Relaxed) {
+            match extents::extents(&*self.calls, &self.file, range.clone(), out) {
+                Err(error) if is_unsupported(&error) && out.is_empty() => {
+                    self.lacks.extents.store(true, Ordering::Relaxed);
+                }
+                other => return Ok(other?),
+            }
+        }
+        out.push(range.end - range.start, ExtentKind::Data);
+        Ok(())
+    }
+
+    /// Reads what needs no waiting of `buf`, and answers how much that was.
+    pub(super) fn read_cached(&self, buf: &mut [u8], offset: u64) -> usize {
+        self.cached(&self.lacks.read_cached, || {
+            self.calls.read_cached(&self.file, buf, offset)
+        })
+    }
+
+    /// Writes as much of `buf` as needs no waiting, and answers how much that was.
+    pub(super) fn write_cached(&self, buf: &[u8], offset: u64) -> usize {
+        self.cached(&self.lacks.write_cached, || {
+            self.calls.write_cached(&self.file, buf, offset)
+        })
+    }
+
+    fn cached(&self, lacks: &AtomicBool, call: impl FnOnce() -> io::Result<usize>) -> usize {
+        if self.direct || lacks.load(Ordering::Relaxed) {
+            return 0;
+        }
+        match call() {
+            Ok(len) => len,
+            Err(error) => {
+                // Not there, or forbidden to this process. Any other error is for the plain call to meet.
+                let never = [io::ErrorKind::InvalidInput, io::ErrorKind::PermissionDenied];
+                if is_unsupported(&error) || never.contains(&error.kind()) {
+                    lacks.store(true, Ordering::Relaxed);
+                }
+                0
+            }
+        }
+    }
+
+    fn ended(&self, at: u64) -> Error {
+        let size = self.geometry.size;
+        let text =
+            format!("the file ends at {at}, inside a disk of {size} bytes: it was cut short");
+        Error::new(ErrorKind::Io, text)
+    }
+}
+
+/// One that is counted, until dropped: a panic between must not leave the others waiting.
+struct Counted<'a>(&'a Epochs, u64);
+
+impl<'a> Counted<'a> {
+    fn new(epochs: &'a Epochs) -> Self {
+        Counted(epochs, epochs.enter())
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.leave(self.1);
+    }
+}
+
+/// False, now and from now on, if the call turns out to be unsupported.
+fn ask_once(lacks: &AtomicBool, call: impl FnMut() -> io::Result<()>) -> Result<bool> {
+    if lacks.load(Ordering::Relaxed) {
+        return Ok(false);
+    }
+    match again(call) {
+        Ok(()) => Ok(true),
+        Err(error) if is_unsupported(&error) => {
+            lacks.store(true, Ordering::Relaxed);
+            Ok(false)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn again(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    loop {
+        match call() {
+            Err(error) if is_interrupted(&error) => {}
+            other => return other,
+        }
+    }
+}
+
+fn is_interrupted(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Interrupted
+}
+
+/// Not there: the call, or (`ENOTTY`) the ioctl.
+pub(super) fn is_unsupported(error: &io::Error) -> bool {
+    const ENOTTY: i32 = 25;
+    error.kind() == io::ErrorKind::Unsupported
+        || (cfg!(target_os = "linux")
+            && [
+                Some(crate::errno::EOPNOTSUPP),
+                Some(crate::errno::ENOSYS),
+                Some(ENOTTY),
+            ]
+            .contains(&error.raw_os_error()))
+}
+
+/// Memory for pieces, aligned for direct I/O, and some of it kept for the next.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    alignment: usize,
+    /// By length; at most so many of each are kept: 4 MiB together.
+    kept: [(usize, usize, Mutex<Vec<AlignedBuf>>); 2],
+}
+
+impl Buffers {
+    pub(super) fn new(alignment: usize) -> Self {
+        Buffers {
+            alignment,
+            kept: [
+                (64 << 10, 32, Mutex::default()),
+                (MAX_PIECE, 2, Mutex::default()),
+            ],
+        }
+    }
+
+    /// At least `len` bytes of any content. `len` is at most [`MAX_PIECE`].
+    pub(super) fn take(&self, len: usize) -> AlignedBuf {
+        let Some((size, _, kept)) = self.kept.iter().find(|(size, ..)| len <= *size) else {
+            return AlignedBuf::zeroed(len, self.alignment);
+        };
+        let found = kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        found.unwrap_or_else(|| AlignedBuf::zeroed(*size, self.alignment))
+    }
+
+    /// Gives memory back.
+    pub(super) fn give(&self, buf: AlignedBuf) {
+        if let Some((_, most, kept)) = self.kept.iter().find(|(size, ..)| buf.len() == *size) {
+            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+            if kept.len() < *most {
+                kept.push(buf);
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! A disk in a file, or a block device as a disk.
+//!
+//! Buffered unless asked otherwise: what the page cache can serve at once goes straight between
+//! it and the caller's memory (Linux, where the file system allows), all the rest through memory of
+//! the engine's own on a pool of threads, so that a dropped request leaves nothing behind that
+//! touches its memory. A flush is `fdatasync`.
+//!
+//! `open` makes the engine, `image` does the work, `sys` is the one place with system calls;
+//! `direct`, `extents`, `blockdev` and `lock` are what their names say.
+
+use std::future::poll_fn;
+use std::ops::Range;
+use std::sync::Arc;
+use std::task::Poll;
+
+use crate::threads::Pool;
+use crate::{
+    AlignedBuf, Engine, ErrorKind, Extents, Geometry, ReadBuf, Result, WriteBuf, WriteFlags,
+};
+
+#[cfg(target_os = "linux")]
+mod blockdev;
+#[cfg(target_os = "linux")]
+mod direct;
+mod extents;
+mod image;
+mod lock;
+mod open;
+mod sys;
+
+use image::{Image, Lane};
+pub use open::OpenFile;
+
+/// A disk whose bytes are a file's, or a block device's.
+///
+/// ```no_run
+/// # async fn example() -> userland_io::Result<()> {
+/// use userland_io::engines::File;
+///
+/// let new = File::open("disk.img").size(10 << 30).await?;
+/// let golden = File::open("golden.img").read_only(true).await?;
+/// let device = File::open("/dev/sdb").direct(true).await?;
+/// # Ok(()) }
+/// ```
+///
+/// # Claims
+///
+/// [`CrashLevel::Flush`](crate::CrashLevel::Flush), and every completed mutation survives the end of the
+/// process. On Linux also: `FUA` where the file system is known to honour it, `write_zeroes`; for files
+/// `extents`, and `discard` (to zeroes) where holes can be punched; for devices `discard` (to anything).
+///
+/// After a failed flush every mutation and flush fails until the file is opened again, because the kernel
+/// forgets what it could not write. Reads go on.
+///
+/// # The lock
+///
+/// A writable disk has the file for itself, read-only ones share it, and QEMU's tools keep to the same
+/// lock. It lasts until the last operation under way has ended.
+#[derive(Debug)]
+pub struct File {
+    image: Arc<Image>,
+    pool: Pool,
+}
+
+/// The longest stretch that is copied before other tasks get their turn, in bytes.
+const MAX_INLINE: usize = 256 << 10;
+
+impl Engine for File {
+    fn geometry(&self) -> Geometry {
+        self.image.geometry
+    }
+
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        self.inside(offset, buf.len())?;
+        let mut done = self.read_cached(buf, offset).await;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let (lane, len) = self.image.piece(at, buf.len() - done);
+            let (image, mut memory) = (self.image.clone(), self.image.buffers.take(len));
+            let memory = self
+                .pool
+                .run(move || image.read(lane, &mut memory[..len], at).map(|()| memory))
+                .await?;
+            buf.slice(done..done + len).copy_from(&memory[..len]);
+            self.image.buffers.give(memory);
+            done += len;
+        }
+        Ok(())
+    }
+
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
+        self.writable()?;
+        self.inside(offset, buf.len())?;
+        let durable = flags.contains(WriteFlags::FUA);
+        if durable && self.image.piece(offset, buf.len()) == (Lane::Main, buf.len()) {
+            self.write_piece(buf, offset, Lane::Main, true).await?;
+            return self.image.agree().await;
+        }
+        let mut done = self.write_cached(buf, offset).await;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let (lane, len) = self.image.piece(at, buf.len() - done);
+            self.write_piece(&buf.slice(done..done + len), at, lane, false)
+                .await?;
+            done += len;
+        }
+        match durable {
+            true => self.sync().await,
+            false => Ok(()),
+        }
+    }
+
+    async fn flush(&self) -> Result {
+        if self.image.geometry.is_read_only() {
+            return Ok(());
+        }
+        self.pool.settle().await;
+        self.sync().await
+    }
+
+    async fn discard(&self, range: Range<u64>) -> Result {
+        self.writable()?;
+        self.inside_range(&range)?;
+        let image = self.image.clone();
+        self.pool.mutate(move || image.discard(range)).await
+    }
+
+    async fn write_zeroes(&self, range: Range<u64>, flags: WriteFlags) -> Result {
+        self.writable()?;
+        self.inside_range(&range)?;
+        let image = self.image.clone();
+        self.pool
+            .mutate(move || image.write_zeroes(range, flags))
+            .await?;
+        match flags.contains(WriteFlags::FUA) {
+            true => self.image.agree().await,
+            false => Ok(()),
+        }
+    }
+
+    async fn extents(&self, range: Range<u64>, out: &mut Extents) -> Result {
+        self.inside_range(&range)?;
+        let (image, room) = (self.image.clone(), out.room());
+        let runs = self
+            .pool
+            .run(move || {
+                let mut runs = Extents::new(room);
+                image.extents(range, &mut runs).map(|()| runs)
+            })
+            .await?;
+        for run in &runs {
+            out.push(run.len, run.kind);
+        }
+        Ok(())
+    }
+}
+
+impl File {
+    async fn write_piece(
+        &self,
+        buf: &WriteBuf<'_>,
+        offset: u64,
+        lane: Lane,
+        durable: bool,
+    ) -> Result {
+        let (image, len) = (self.image.clone(), buf.len());
+        let mut memory: AlignedBuf = self.image.buffers.take(len);
+        buf.copy_to(&mut memory[..len]);
+        let memory = self
+            .pool
+            .mutate(move || {
+                let bytes = &memory[..len];
+                match durable {
+                    true => image.write_durable(lane, bytes, offset)?,
+                    false => image.write(lane, bytes, offset)?,
+                }
+                Ok::<_, crate::Error>(memory)
+            })
+            .await?;
+        self.image.buffers.give(memory);
+        Ok(())
+    }
+
+    async fn sync(&self) -> Result {
+        let image = self.image.clone();
+        self.pool.run(move || image.sync()).await?;
+        self.image.agree().await
+    }
+
+    /// Reads the part that the page cache has, from the start, into the caller's memory.
+    async fn read_cached(&self, buf: &mut ReadBuf<'_>, offset: u64) -> usize {
+        let Some(memory) = buf.as_mut_slice() else {
+            return 0;
+        };
+        let mut done = 0;
+        for part in memory.chunks_mut(MAX_INLINE) {
+            if done > 0 {
+                yield_now().await;
+            }
+            let got = self.image.read_cached(part, offset + done as u64);
+            done += got;
+            if got < part.len() {
+                break;
+            }
+        }
+        done
+    }
+
+    /// Writes the part that the page cache takes, from the start, from the caller's memory.
+    async fn write_cached(&self, buf: &WriteBuf<'_>, offset: u64) -> usize {
+        let Some(memory) = buf.as_slice() else {
+            return 0;
+        };
+        let mut done = 0;
+        for part in memory.chunks(MAX_INLINE) {
+            if done > 0 {
+                yield_now().await;
+            }
+            let put = self.image.write_cached(part, offset + done as u64);
+            done += put;
+            if put < part.len() {
+                break;
+            }
+        }
+        done
+    }
+
+    fn writable(&self) -> Result {
+        match self.image.geometry.is_read_only() {
+            true => Err(ErrorKind::ReadOnly.into()),
+            false => self.image.check(),
+        }
+    }
+
+    fn inside(&self, offset: u64, len: usize) -> Result {
+        match offset.checked_add(len as u64) {
+            Some(end) if end <= self.image.geometry.size => Ok(()),
+            _ => Err(ErrorKind::OutOfRange.into()),
+        }
+    }
+
+    fn inside_range(&self, range: &Range<u64>) -> Result {
+        match range.start <= range.end && range.end <= self.image.geometry.size {
+            true => Ok(()),
+            false => Err(ErrorKind::OutOfRange.into()),
+        }
+    }
+}
+
+/// Lets other tasks run, under any executor.
+async fn yield_now() {
+    let mut yielded = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
