@@ -68,9 +68,10 @@ pub(crate) struct Serve {
 
     /// Where to listen: nbd://HOST[:PORT] or nbd+unix:///?socket=PATH; port 0 takes a free one
     ///
-    /// The default is port 10809 of this machine only, nbd://127.0.0.1:10809 and nbd://[::1]:10809.
+    /// May be given several times. The default is port 10809 of this machine only, nbd://127.0.0.1:10809 and
+    /// nbd://[::1]:10809; or, started by socket activation, the sockets handed over, which `systemd:NAME` means, too.
     #[arg(long, short, value_name = "URI", value_parser = listen)]
-    pub(crate) listen: Vec<Uri>,
+    pub(crate) listen: Vec<String>,
 
     /// Refuse writes, whatever the stacks allow
     #[arg(long, short)]
@@ -133,7 +134,7 @@ pub(crate) struct Info {
 Examples:
   ulio copy nbd://127.0.0.1:10809 file:backup.img
   ulio copy --verify file:backup.img nbd://127.0.0.1:10809
-  ulio copy 'file:disk.img offset:partition=1' file:root.img")]
+  ulio copy 'file:disk.img partition:1' file:root.img")]
 pub(crate) struct Copy {
     /// A stack (its words in one argument, separated by spaces) or a server's URI; opened read-only where it can be
     #[arg(value_name = "SOURCE")]
@@ -209,8 +210,9 @@ pub(crate) struct Man {
 fn export(text: &str) -> Result<Export, String> {
     let (name, stack) = text
         .split_once('=')
-        .filter(|(name, _)| !name.contains([':', ' ']))
-        .ok_or("write NAME=STACK, such as backup=file:backup.img")?;
+        // Else `file:disk.img,size=1G` would be an export named `file:disk.img,size`.
+        .filter(|(name, _)| !name.contains(':'))
+        .ok_or("write NAME=STACK, such as backup=file:backup.img, with no colon in the name")?;
     if stack.trim().is_empty() {
         return Err(format!(
             "the export `{name}` has no stack: write {name}=file:disk.img, say"
@@ -222,14 +224,18 @@ fn export(text: &str) -> Result<Export, String> {
     })
 }
 
-fn listen(text: &str) -> Result<Uri, String> {
-    let uri: Uri = text.parse().map_err(|error: UriError| error.to_string())?;
-    match uri.export() {
-        "" => Ok(uri),
-        name => Err(format!(
-            "it names the export `{name}`, and one address serves all of them: leave the name out"
-        )),
+/// Checks an address, so that a slip in it is a usage error and comes before anything is opened.
+fn listen(text: &str) -> Result<String, String> {
+    if !text.starts_with("systemd:") {
+        let uri: Uri = text.parse().map_err(|error: UriError| error.to_string())?;
+        if !uri.export().is_empty() {
+            return Err(format!(
+                "it names the export `{}`, and one address serves all of them: leave the name out",
+                uri.export()
+            ));
+        }
     }
+    Ok(text.to_owned())
 }
 
 fn mode(text: &str) -> Result<u32, String> {

@@ -7,6 +7,9 @@ use crate::cli::Engines;
 use crate::errors::Failure;
 use crate::output::Results;
 
+/// Labels longer than this have a line of their own.
+const WIDEST: usize = 24;
+
 pub(crate) fn run(arguments: Engines, registry: &Registry) -> Result<(), Failure> {
     let mut entries: Vec<(Role, &Entry)> = registry.entries().collect();
     if let Some(name) = &arguments.name {
@@ -59,9 +62,19 @@ fn describe(entry: &Entry, results: &mut Results) -> Result<(), Failure> {
         .iter()
         .map(|key| (label(key), meaning(entry, key)))
         .collect();
-    let width = rows.iter().map(|(label, _)| label.len()).max().unwrap_or(0);
+    let fitting = rows
+        .iter()
+        .map(|(label, _)| label.len())
+        .filter(|&len| len <= WIDEST);
+    let width = fitting.max().unwrap_or(0);
     for (label, meaning) in rows {
-        results.line(format_args!("      {label:width$}  {meaning}"))?;
+        match label.len() <= width {
+            true => results.line(format_args!("      {label:width$}  {meaning}"))?,
+            false => results.line(format_args!(
+                "      {label}\n      {:width$}  {meaning}",
+                ""
+            ))?,
+        }
     }
     for example in &entry.examples {
         results.line(format_args!("    example: {example}"))?;

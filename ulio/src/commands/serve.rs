@@ -1,13 +1,69 @@
-//! `ulio serve`: disks for NBD clients.
+//! `ulio serve`: disks for NBD clients, until a signal ends it.
+//!
+//! All words are read before anything is opened, and all disks opened before
+//! anybody can connect. In the end: the server finishes what is in flight and
+//! flushes, then each disk is closed; a failure there is the command's failure.
 
+use serde::Serialize;
 use userland_io::stack::{Plan, Registry};
+use userland_io::transports::nbd::{Address, Limits, Server, ServerHandle, Uri};
+use userland_io::{Device, Result as IoResult};
 
 use crate::cli::Serve;
 use crate::errors::Failure;
+use crate::output::{Results, note, size};
+use crate::signals::Signals;
+use crate::stacks;
+
+/// Both loopback addresses, on NBD's own port.
+const DEFAULT_ADDRESS: &str = "nbd://";
+/// What a service manager has opened.
+const ACTIVATED: &str = "systemd:";
 
 pub(crate) async fn run(arguments: Serve, registry: &Registry) -> Result<(), Failure> {
-    let _plans = plans(&arguments, registry)?;
-    Err(Failure::Failed("this build has no server yet".to_owned()))
+    let plans = plans(&arguments, registry)?;
+    // Before an image is created: from here on a signal ends it in order.
+    let mut signals = Signals::listen()?;
+    let mut disks = Vec::new();
+    for (name, plan) in &plans {
+        match stacks::open(plan).await {
+            Ok(disk) => disks.push(Disk {
+                name: name.clone(),
+                stack: plan.to_string(),
+                device: disk,
+            }),
+            Err(failure) => return Err(close(disks).await.err().unwrap_or(failure)),
+        }
+    }
+    let server = match bind(&arguments, &disks).await {
+        Ok(server) => server,
+        Err(error) => {
+            close(disks).await?;
+            return Err(Failure::Failed(error.to_string()));
+        }
+    };
+    announce(&arguments, &server, &disks)?;
+
+    signals.next().await;
+    note("stopping: finishing requests and flushing; once more leaves at once");
+    signals.leave_on_next();
+    let served = server.shutdown().await;
+    let closed = close(disks).await;
+    served.map_err(|error| Failure::of("flushing the disks", error))?;
+    closed
+}
+
+/// An export.
+struct Disk {
+    name: String,
+    stack: String,
+    device: Device,
+}
+
+impl Disk {
+    fn read_only(&self, arguments: &Serve) -> bool {
+        arguments.read_only || self.device.geometry().is_read_only()
+    }
 }
 
 /// The exports' names and stacks, the default one first. Nothing is opened yet.
@@ -28,4 +84,158 @@ fn plans(arguments: &Serve, registry: &Registry) -> Result<Vec<(String, Plan)>, 
         plans.push((export.name.clone(), registry.parse(&export.stack)?));
     }
     Ok(plans)
+}
+
+async fn bind(arguments: &Serve, disks: &[Disk]) -> IoResult<ServerHandle> {
+    let mut limits = Limits::default();
+    limits.handshake_timeout = arguments.handshake_timeout;
+    limits.max_connections = arguments.max_connections;
+    let mut server = Server::new()
+        .limits(limits)
+        .socket_mode(arguments.socket_mode);
+    for disk in disks {
+        let device = match arguments.read_only {
+            true => disk.device.read_only(),
+            false => disk.device.clone(),
+        };
+        server = server.export(&disk.name, device).description(&disk.stack);
+    }
+    match (arguments.listen.as_slice(), is_activated()) {
+        ([], true) => server.bind([ACTIVATED]).await,
+        ([], false) => server.bind([DEFAULT_ADDRESS]).await,
+        (addresses, _) => server.bind(addresses).await,
+    }
+}
+
+/// True if a service manager has handed sockets to this very process (sd_listen_fds(3)).
+fn is_activated() -> bool {
+    let variable = |name| std::env::var(name).ok();
+    let own = std::process::id().to_string();
+    variable("LISTEN_FDS").is_some() && variable("LISTEN_PID") == Some(own)
+}
+
+/// Closes all of them, and tells of the first failure.
+async fn close(disks: Vec<Disk>) -> Result<(), Failure> {
+    let mut first = Ok(());
+    for disk in disks {
+        let closed = stacks::close(disk.device, &disk.stack).await;
+        first = first.and(closed);
+    }
+    first
+}
+
+/// Tells programs where the exports are, and people what to type.
+fn announce(arguments: &Serve, server: &ServerHandle, disks: &[Disk]) -> Result<(), Failure> {
+    let exports: Vec<_> = disks
+        .iter()
+        .map(|disk| About::new(disk, server, arguments))
+        .collect();
+    let mut results = Results::begin();
+    let told = match arguments.json {
+        true => results.json(&serde_json::json!({ "exports": exports })),
+        false => exports
+            .iter()
+            .flat_map(|export| &export.uris)
+            .try_for_each(|uri| results.line(uri)),
+    };
+    match told.and_then(|()| results.end()) {
+        // It serves all the same.
+        Err(Failure::OutputGone) => {}
+        other => other?,
+    }
+    let Some(first) = disks.first() else {
+        return Ok(());
+    };
+    let what = match disks {
+        [disk] => format!("`{}`, {}", disk.stack, size(disk.device.geometry().size)),
+        disks => format!("{} exports", disks.len()),
+    };
+    note(&format!(
+        "serving {what}; Ctrl-C flushes and stops. To try in another terminal:"
+    ));
+    for command in to_try(&server.uri(&first.name), first.read_only(arguments)) {
+        note(&format!("  {command}"));
+    }
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct About<'a> {
+    name: &'a str,
+    size: u64,
+    read_only: bool,
+    uris: Vec<String>,
+}
+
+impl<'a> About<'a> {
+    fn new(disk: &'a Disk, server: &ServerHandle, arguments: &Serve) -> Self {
+        let addresses = server.addresses().iter();
+        About {
+            name: &disk.name,
+            size: disk.device.geometry().size,
+            read_only: disk.read_only(arguments),
+            uris: addresses
+                .map(|address| Uri::new(address.clone(), &disk.name).to_string())
+                .collect(),
+        }
+    }
+}
+
+/// Commands for clients that people have.
+fn to_try(uri: &Uri, read_only: bool) -> Vec<String> {
+    let address = quoted(&uri.to_string());
+    let mut list = vec![
+        format!("ulio info {address}"),
+        format!("nbdinfo {address}"),
+        format!("nbdcopy -p {address} copy.img"),
+    ];
+    if !read_only {
+        list.push(format!("nbdcopy -p image.img {address}"));
+    }
+    list.push(format!("qemu-img info {address}"));
+    let name = match uri.export() {
+        "" => String::new(),
+        name => format!(" -N {}", quoted(name)),
+    };
+    match uri.address() {
+        Address::Tcp { host, port } => {
+            list.push(format!("sudo nbd-client {host} {port} /dev/nbd0{name}"))
+        }
+        Address::Unix(path) => list.push(format!(
+            "sudo nbd-client -unix {} /dev/nbd0{name}",
+            quoted(&path.display().to_string())
+        )),
+        _ => {}
+    }
+    list
+}
+
+/// For a shell.
+fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:+@%,".contains(c);
+    match !text.is_empty() && text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_type_survives_a_shell() {
+        let uri: Uri = "nbd+unix:///it's?socket=/tmp/a%20b".parse().unwrap();
+        let list = to_try(&uri, true);
+        assert!(list[1].starts_with("nbdinfo 'nbd+unix:///"), "{list:?}");
+        assert_eq!(
+            list.last().unwrap(),
+            r"sudo nbd-client -unix '/tmp/a b' /dev/nbd0 -N 'it'\''s'"
+        );
+        assert!(!list.iter().any(|command| command.contains("image.img")));
+        let uri: Uri = "nbd://[::1]:10810".parse().unwrap();
+        let list = to_try(&uri, false);
+        assert!(list.contains(&"sudo nbd-client ::1 10810 /dev/nbd0".to_owned()));
+        assert!(list.iter().any(|command| command.contains("image.img")));
+    }
 }
