@@ -191,6 +191,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_socket_is_at_no_moment_open_to_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        // Before anything has had the time to correct it.
+        let socket = create(&path, 0o600).unwrap();
+        let mode = fs::symlink_metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o177, 0);
+        drop(socket);
+    }
+
+    #[test]
     fn a_socket_made_in_private_is_where_it_was_asked_for_and_nothing_is_left() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
