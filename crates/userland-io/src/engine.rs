@@ -79,7 +79,8 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// If left out: `Unsupported`, and a [`Device`](crate::Device) opens only if the engine claims that
     /// nothing survives a crash ([`CrashLevel::None`](crate::CrashLevel::None)) or that every write is
-    /// durable already ([`CrashLevel::Sync`](crate::CrashLevel::Sync)).
+    /// durable already ([`CrashLevel::Sync`](crate::CrashLevel::Sync)). Such an engine must not let a
+    /// mutation act after its future was dropped, for there is no flush to wait for it.
     ///
     /// # Errors
     /// A failed flush promises nothing. The next may succeed only if everything completed before it

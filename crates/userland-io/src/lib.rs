@@ -1,5 +1,63 @@
-//! Like FUSE, but for the block layer.
-#![warn(clippy::undocumented_unsafe_blocks)]
+//! Like FUSE, but for the block layer: write a storage engine, get a disk.
+//!
+//! An [`Engine`] of two methods is a read-only disk, one of four a writable one. Open it as a
+//! [`Device`], and any transport serves it:
+//!
+//! ```no_run
+//! use std::sync::RwLock;
+//! use userland_io::{CrashLevel, Device, Engine, Geometry, ReadBuf, Result, WriteBuf, WriteFlags};
+//! # #[cfg(feature = "nbd")]
+//! use userland_io::transports::nbd;
+//!
+//! struct Ramdisk(RwLock<Vec<u8>>);
+//!
+//! impl Engine for Ramdisk {
+//!     fn geometry(&self) -> Geometry {
+//!         Geometry::writable(self.0.read().unwrap().len() as u64, CrashLevel::None)
+//!     }
+//!     async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+//!         buf.copy_from(&self.0.read().unwrap()[offset as usize..][..buf.len()]);
+//!         Ok(())
+//!     }
+//!     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Result {
+//!         buf.copy_to(&mut self.0.write().unwrap()[offset as usize..][..buf.len()]);
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # #[cfg(feature = "nbd")]
+//! #[tokio::main]
+//! async fn main() -> Result {
+//!     let disk = Device::open(Ramdisk(RwLock::new(vec![0; 64 << 20]))).await?;
+//!     nbd::Server::new().export("ram", disk).serve("127.0.0.1:10809").await
+//! }
+//! # #[cfg(not(feature = "nbd"))]
+//! # fn main() {}
+//! ```
+//!
+//! Nothing in it checks a range, splits a request or emulates a flag: the device's edge
+//! ([`Checked`]) lets only requests through that make sense.
+//!
+//! # Where to look
+//!
+//! | to | see |
+//! |---|---|
+//! | write an engine | [`Engine`], and [`BlockingEngine`] for one that blocks |
+//! | say what it can do and what it promises | [`Geometry`], [`CrashLevel`], [`Discard`], [`Features`] |
+//! | write a layer over another engine | [`Filter`], [`Layer`], [`Checked`] |
+//! | use what is there | [`engines`], [`layers`], and [`stack`] to compose them from words at run time |
+//! | serve it | [`Device`], [`transports`] |
+//! | copy one disk onto another | [`copy`](mod@copy) |
+//!
+//! # The contract
+//!
+//! What engines promise and callers guarantee is stated on [`Engine`] in short, and in full in
+//! `docs/semantics.md` of the source tree. Every feature that a transport advertises is derived from an
+//! engine's claims, and an engine that claims durability without having a `flush` does not open.
+//!
+//! # Cargo features
+//!
+//! * `nbd` (default): the NBD server and client, [`transports::nbd`].
 
 mod any;
 mod blocking;
