@@ -41,16 +41,6 @@ impl Offset {
         self.size = Some(size);
         self
     }
-
-    /// Where the window starts on the disk below, in bytes.
-    pub const fn start(&self) -> u64 {
-        self.start
-    }
-
-    /// Its length in bytes, unless it reaches to the end.
-    pub const fn len(&self) -> Option<u64> {
-        self.size
-    }
 }
 
 impl<E: Engine> Layer<E> for Offset {

@@ -390,7 +390,9 @@ impl Reader<'_> {
             let (key_text, key, value) = match item {
                 Item::Pair(key, value) => (key.clone(), self.key(entry, &key, false)?, Some(value)),
                 Item::Bare(value) => match entry.positional_key() {
-                    Some(key) if n == 0 => (value.clone(), key, Some(value)),
+                    Some(key) if n == 0 && !means_flag(entry, key, &value) => {
+                        (value.clone(), key, Some(value))
+                    }
                     _ => (value.clone(), self.key(entry, &value, true)?, None),
                 },
             };
@@ -474,4 +476,12 @@ impl Reader<'_> {
             false => error.list(format!("keys of `{name}`:"), entry.key_rows()),
         })
     }
+}
+
+/// True if what stands where the positional would is a flag: `null:readonly`. Where any text could be meant, as in
+/// `file:readonly`, it is not.
+fn means_flag(entry: &Entry, positional: &super::Key, value: &Text) -> bool {
+    let takes_any = matches!(positional.kind, values::Kind::Text | values::Kind::Path);
+    let is_flag = |key: &super::Key| key.kind == values::Kind::Flag && key.name == value.text;
+    !takes_any && !value.quoted && entry.keys.iter().any(is_flag)
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! stack = word *( space word )
 //! word  = name [ ":" item *( "," item ) ]  |  URI *( "," item )  |  quoted URI *( "," item )
-//! item  = value  |  key "=" value
+//! item  = value  |  key "=" value          (the first value is the positional, the others are flags)
 //! value = characters without "," or space  |  '...'  |  "..."
 //! ```
 //!

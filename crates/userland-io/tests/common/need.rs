@@ -45,7 +45,10 @@ pub(crate) fn python(module: &str) -> Option<PathBuf> {
     if status.is_ok_and(|status| status.success()) {
         return Some(python.to_owned());
     }
-    skip(&format!("needs {} with the module {module}", python.display()));
+    skip(&format!(
+        "needs {} with the module {module}",
+        python.display()
+    ));
     None
 }
 

@@ -1,10 +1,13 @@
 //! The engines' words.
 
+use crate::AnyEngine;
 use crate::EngineExt;
-use crate::engines::{Memory, Null, Pattern};
-use crate::stack::{Entry, Key, Kind, Registry};
+use crate::engines::{File, Memory, Null, Pattern};
+use crate::stack::{Entry, Key, Kind, Options, Refusal, Registry};
 
 pub(super) fn add(registry: Registry) -> Registry {
+    let registry = registry.engine(file_entry(), file);
+
     let memory = Entry::new("memory", "a disk in memory, gone when it closes")
         .positional(
             Key::new("size", Kind::Size, "the disk's length")
@@ -45,4 +48,60 @@ pub(super) fn add(registry: Registry) -> Registry {
     registry.engine(pattern, async |options| {
         Ok(Pattern::new(options.need("size")?).erase())
     })
+}
+
+fn file_entry() -> Entry {
+    Entry::new("file", "a disk in a file, or a block device")
+        .positional(
+            Key::new("path", Kind::Path, "the file or block device")
+                .required()
+                .example("disk.img"),
+        )
+        .key(
+            Key::new(
+                "size",
+                Kind::Size,
+                "creates the file with this length; one that exists must have it",
+            )
+            .example("10G"),
+        )
+        .key(Key::new(
+            "direct",
+            Kind::Flag,
+            "go past the page cache (Linux)",
+        ))
+        .key(Key::new(
+            "readonly",
+            Kind::Flag,
+            "refuse writes, and share the file with other readers",
+        ))
+        .key(
+            Key::new(
+                "threads",
+                Kind::Number,
+                "how many operations may wait for the file at once",
+            )
+            .default("16")
+            .example("32"),
+        )
+        .example("file:disk.img,size=10G")
+        .example("file:/dev/sdb,direct")
+}
+
+async fn file(options: Options) -> Result<AnyEngine, Refusal> {
+    let threads: u64 = options.need("threads")?;
+    if !(1..=1024).contains(&threads) {
+        return Err(Refusal::key(
+            "threads",
+            format!("{threads} threads: use 1 to 1024"),
+        ));
+    }
+    let mut open = File::open(options.need::<std::path::PathBuf>("path")?)
+        .direct(options.flag("direct"))
+        .read_only(options.flag("readonly"))
+        .threads(threads as usize);
+    if let Some(size) = options.get("size") {
+        open = open.size(size);
+    }
+    Ok(open.await?.erase())
 }
