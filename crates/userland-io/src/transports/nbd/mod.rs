@@ -28,6 +28,7 @@ mod uri;
 #[doc(hidden)]
 pub mod wire;
 
+pub use client::{Builder as ClientBuilder, Client, ConnectError, ListedExport};
 pub use limits::Limits;
 pub use server::{Server, ServerHandle};
 pub use uri::{Address, Uri, UriError};

@@ -1,0 +1,607 @@
+//! What the callers, the connections and the supervisor of one client share:
+//! requests on their way, the journal, and the state that decides where a request goes.
+//!
+//! The rules that make a lost connection harmless, each kept here:
+//! * overlapping mutations are never in flight together, so their order is known, and a mutation
+//!   that is sent again cannot pass a later one;
+//! * a completed mutation enters the journal before its caller hears of it;
+//! * a flush retires only what had completed when it began;
+//! * what cannot be vouched for any more latches: see [`Phase::Failed`].
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, watch};
+
+use super::connection::{Conn, Failure, Loss, LossKind};
+use super::export::{Durability, Export};
+use super::journal::{Content, Journal};
+use super::op::{Answer, Budget, Charge, Data, Kind, Op, Origin, Wait};
+use crate::transports::nbd::wire::{CommandFlags, error};
+use crate::{Error, ErrorKind, Result};
+
+/// How many connections may be lost under one request before it fails.
+const MAX_TRIES: u32 = 5;
+/// What a mutation costs beside its bytes.
+const OVERHEAD: u64 = 256;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// Where, for messages.
+    pub(super) address: String,
+    pub(super) export: Export,
+    budget: Arc<Budget>,
+    state: Mutex<State>,
+    /// Told when a mutation has ended.
+    ended: Notify,
+    /// Tells the supervisor to look at the state.
+    pub(super) event: Notify,
+    /// True once the client is being closed or was dropped.
+    closing: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    conns: Vec<Arc<Conn>>,
+    /// The connection whose turn it is.
+    turn: usize,
+    /// What waits for a connection.
+    queue: VecDeque<Arc<Op>>,
+    /// Why the connections are to be made anew, though none is lost.
+    renew: Option<String>,
+    /// The ranges of mutations in flight, by start.
+    ranges: BTreeMap<u64, u64>,
+    /// Their numbers.
+    numbers: BTreeSet<u64>,
+    next_number: u64,
+    journal: Journal,
+    /// A flush of our own is on its way.
+    upkeep: bool,
+    /// Why flushes of our own are of no use now.
+    stuck: Option<String>,
+}
+
+/// Where requests go.
+#[derive(Clone, Debug)]
+pub(super) enum Phase {
+    /// To the connections.
+    Up,
+    /// To the queue, until connections are back.
+    Down(String),
+    /// Back with an error, until connections are back: it has taken too long.
+    Overdue(String),
+    /// Back with an error, for good: something cannot be vouched for.
+    Failed(String),
+    /// Back with an error: the client is closed.
+    Closed,
+}
+
+impl Shared {
+    pub(super) fn new(address: String, export: Export, journal: u64) -> Self {
+        Shared {
+            address,
+            export,
+            budget: Budget::new(journal),
+            state: Mutex::new(State {
+                phase: Phase::Down("not connected yet".to_owned()),
+                conns: Vec::new(),
+                turn: 0,
+                queue: VecDeque::new(),
+                renew: None,
+                ranges: BTreeMap::new(),
+                numbers: BTreeSet::new(),
+                next_number: 0,
+                journal: Journal::default(),
+                upkeep: false,
+                stuck: None,
+            }),
+            ended: Notify::new(),
+            event: Notify::new(),
+            closing: watch::channel(false).0,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // For callers.
+
+    /// Sends a request that changes nothing, and waits for its answer.
+    pub(super) async fn ask(&self, op: Op) -> Result<Answer> {
+        let op = Arc::new(op);
+        self.place(&mut self.state(), op.clone());
+        Wait(op).await
+    }
+
+    /// Memory for a mutation of `len` bytes, once there is some.
+    pub(super) async fn reserve(&self, len: u64) -> Result<Charge> {
+        let len = len + OVERHEAD;
+        if !self.keeps_journal() {
+            return Ok(self.budget.take(len));
+        }
+        loop {
+            if let Some(charge) = self.budget.try_take(len) {
+                return Ok(charge);
+            }
+            let mut freed = std::pin::pin!(self.budget.freed.notified());
+            freed.as_mut().enable();
+            {
+                let mut state = self.state();
+                self.refuse(&state)?;
+                if let Some(why) = &state.stuck {
+                    return Err(Error::new(
+                        ErrorKind::Io,
+                        format!(
+                            "{} bytes of unflushed mutations fill the journal, and they cannot be flushed: {why}",
+                            self.budget.used()
+                        ),
+                    ));
+                }
+                self.make_room(&mut state, true);
+            }
+            if let Some(charge) = self.budget.try_take(len) {
+                return Ok(charge);
+            }
+            freed.await;
+        }
+    }
+
+    /// Sends a mutation as soon as none that overlaps is in flight, and waits for its answer.
+    pub(super) async fn mutate(
+        &self,
+        kind: Kind,
+        range: Range<u64>,
+        flags: CommandFlags,
+        data: Data,
+    ) -> Result {
+        let mut op = Op::new(kind, range);
+        op.flags = flags;
+        op.flags.set(
+            CommandFlags::FUA,
+            flags.contains(CommandFlags::FUA) || self.export.durability == Durability::Always,
+        );
+        op.data = Some(data);
+        let op = match self.start(op)? {
+            Ok(op) => op,
+            Err(back) => self.start_later(back).await?,
+        };
+        Wait(op).await.map(drop)
+    }
+
+    /// Sends a mutation, or hands it back because one that overlaps is in flight.
+    fn start(&self, mut op: Op) -> Result<Result<Arc<Op>, Op>> {
+        let mut state = self.state();
+        self.refuse(&state)?;
+        if !state.enter(&mut op) {
+            return Ok(Err(op));
+        }
+        let op = Arc::new(op);
+        self.place(&mut state, op.clone());
+        Ok(Ok(op))
+    }
+
+    async fn start_later(&self, mut op: Op) -> Result<Arc<Op>> {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            // Before the look, so that no end is missed.
+            ended.as_mut().enable();
+            match self.start(op)? {
+                Ok(op) => return Ok(op),
+                Err(back) => op = back,
+            }
+            ended.await;
+        }
+    }
+
+    /// A flush, and the end of every mutation that began before it: one whose caller has gone
+    /// away may not act after this.
+    pub(super) async fn flush(&self) -> Result {
+        let barrier = self.state().next_number;
+        let answer = match self.export.durability {
+            Durability::Flush => {
+                let op = {
+                    let mut state = self.state();
+                    let mut op = Op::new(Kind::Flush, 0..0);
+                    op.number = state.journal.stamp();
+                    let op = Arc::new(op);
+                    self.place(&mut state, op.clone());
+                    op
+                };
+                Wait(op).await.map(drop)
+            }
+            Durability::Always => match self.refuse(&self.state()) {
+                Ok(()) => Ok(()),
+                Err(error) => Err(error),
+            },
+            Durability::Never => Err(ErrorKind::Unsupported.into()),
+        };
+        self.settle_before(barrier).await;
+        answer
+    }
+
+    /// Waits for the end of every mutation with a number below `barrier`.
+    async fn settle_before(&self, barrier: u64) {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            {
+                let state = self.state();
+                if state.numbers.first().is_none_or(|&first| first >= barrier) {
+                    return;
+                }
+                ended.as_mut().enable();
+            }
+            ended.await;
+        }
+    }
+
+    /// Lets nothing new in, and tells the supervisor to leave.
+    pub(super) fn close(&self) {
+        self.closing.send_replace(true);
+        self.event.notify_one();
+    }
+
+    /// Resolves when the client is being closed.
+    pub(super) async fn closing(&self) {
+        // The sender is `self`, so it is never gone.
+        let _ = self.closing.subscribe().wait_for(|closing| *closing).await;
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        *self.closing.borrow()
+    }
+
+    pub(super) fn connections(&self) -> usize {
+        self.state().conns.len()
+    }
+
+    // For connections.
+
+    /// The server has answered `op`, which its connection has let go of.
+    pub(super) fn answered(&self, conn: &Conn, op: &Arc<Op>, outcome: Result<Answer, Failure>) {
+        let result = match outcome {
+            Ok(answer) => Ok(answer),
+            Err(failure)
+                if failure.errno == error::ESHUTDOWN
+                    && op.origin != Origin::Replay
+                    && op.count_try() < MAX_TRIES =>
+            {
+                // It asks to be left; another may have taken its place.
+                let mut state = self.state();
+                self.renew(&mut state, "the server is shutting down".to_owned());
+                self.place(&mut state, op.clone());
+                self.told_drained(conn);
+                return;
+            }
+            Err(failure) => Err(translate(failure)),
+        };
+        if op.kind.is_mutation() || op.kind == Kind::Flush {
+            let mut state = self.state();
+            if op.kind == Kind::Flush
+                && let Err(error) = &result
+            {
+                // What the server failed to make durable it may have thrown away: the journal is written again
+                // before the next flush.
+                let why = format!("the server failed a flush: {error}");
+                state.stuck = Some(error.to_string());
+                self.renew(&mut state, why);
+            }
+            self.settle(&mut state, op, result);
+        } else {
+            op.finish(result);
+        }
+        self.told_drained(conn);
+    }
+
+    fn told_drained(&self, conn: &Conn) {
+        if conn.is_draining() && conn.is_drained() {
+            self.event.notify_one();
+        }
+    }
+
+    /// `conn` is gone: what was on its way is tried again, or fails.
+    pub(super) fn lost(&self, conn: &Conn, loss: &Loss) {
+        let mut state = self.state();
+        let ops = conn.die();
+        // A connection of an earlier session, or one that is to end, is nobody's loss.
+        let ours = state.conns.iter().any(|own| std::ptr::eq(&**own, conn));
+        if let Phase::Up = state.phase
+            && ours
+            && !conn.said_goodbye()
+        {
+            tracing::warn!("{}: {}", self.address, loss.why);
+            state.phase = Phase::Down(loss.why.clone());
+        }
+        for op in ops {
+            self.salvage(&mut state, op, loss);
+        }
+        self.event.notify_one();
+    }
+
+    fn salvage(&self, state: &mut State, op: Arc<Op>, loss: &Loss) {
+        let failed = || Error::new(ErrorKind::Io, loss.why.clone());
+        if op.origin == Origin::Replay {
+            op.finish(Err(failed()));
+        } else if loss.kind != LossKind::Ended && op.kind.is_mutation() {
+            let why = format!(
+                "{}, with mutations on their way that the server may or may not carry out, at any time",
+                loss.why
+            );
+            self.settle(state, &op, Err(failed()));
+            self.latch(state, why);
+        } else if loss.kind == LossKind::Violation
+            || op.is_unwanted() && !op.kind.is_mutation()
+            || op.count_try() >= MAX_TRIES
+        {
+            self.settle(state, &op, Err(failed()));
+        } else {
+            self.place(state, op);
+        }
+    }
+
+    // For the supervisor.
+
+    pub(super) fn phase(&self) -> Phase {
+        self.state().phase.clone()
+    }
+
+    /// Why the connections have to be made anew, if they have to; nothing is sent on them from then on.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let mut state = self.state();
+        let renew = state.renew.take();
+        match &state.phase {
+            Phase::Up => {
+                let why = renew?;
+                state.phase = Phase::Down(why.clone());
+                Some(why)
+            }
+            Phase::Down(why) | Phase::Overdue(why) => Some(why.clone()),
+            Phase::Failed(_) | Phase::Closed => None,
+        }
+    }
+
+    /// Gives up waiting: what is queued fails, and so does what comes, until connections are back.
+    pub(super) fn overdue(&self, why: &str) {
+        let mut state = self.state();
+        if let Phase::Down(_) = state.phase {
+            tracing::error!("{}: still not back: {why}", self.address);
+            state.phase = Phase::Overdue(why.to_owned());
+            self.fail_queue(&mut state);
+        }
+    }
+
+    /// What the server that is back has to be told again; an error if not all of it is known.
+    pub(super) fn restorable(&self) -> Result<Vec<(Range<u64>, Content)>, String> {
+        let state = self.state();
+        match state.journal.is_incomplete() {
+            true => Err(format!(
+                "mutations that no flush covered may be lost, and were not all kept (the journal holds {} bytes)",
+                self.budget.cap()
+            )),
+            false => Ok(state.journal.pieces()),
+        }
+    }
+
+    /// The connections are there, and the server holds all that it should: what waits is sent.
+    pub(super) fn up(&self, conns: Vec<Arc<Conn>>) {
+        let mut state = self.state();
+        if matches!(state.phase, Phase::Failed(_) | Phase::Closed) {
+            return;
+        }
+        state.phase = Phase::Up;
+        state.renew = None;
+        state.conns = conns;
+        if state.conns.iter().any(|conn| conn.is_dead()) {
+            state.phase = Phase::Down("the connection was lost again".to_owned());
+            self.event.notify_one();
+        }
+        for op in std::mem::take(&mut state.queue) {
+            self.place(&mut state, op);
+        }
+        self.make_room(&mut state, false);
+    }
+
+    /// Fails everything, from now on and for good.
+    pub(super) fn fail(&self, why: String) {
+        self.latch(&mut self.state(), why);
+    }
+
+    /// Nothing is sent or answered any more.
+    pub(super) fn end(&self) {
+        let mut state = self.state();
+        if !matches!(state.phase, Phase::Failed(_)) {
+            state.phase = Phase::Closed;
+        }
+        self.abandon(&mut state);
+    }
+
+    // Within the lock.
+
+    /// Sends `op`, queues it, or fails it.
+    fn place(&self, state: &mut State, op: Arc<Op>) {
+        if let Err(error) = self.refuse(state) {
+            return self.settle(state, &op, Err(error));
+        }
+        let mut op = op;
+        if let Phase::Up = state.phase
+            && state.renew.is_none()
+        {
+            for _ in 0..state.conns.len() {
+                state.turn = (state.turn + 1) % state.conns.len();
+                match state.conns[state.turn].push(op) {
+                    Ok(()) => return,
+                    Err(back) => op = back,
+                }
+            }
+        }
+        state.queue.push_back(op);
+    }
+
+    /// The error that new requests get, if they do.
+    fn refuse(&self, state: &State) -> Result {
+        match &state.phase {
+            Phase::Up | Phase::Down(_) => Ok(()),
+            Phase::Overdue(why) => Err(Error::new(
+                ErrorKind::Io,
+                format!("{} is not reachable: {why}", self.address),
+            )),
+            Phase::Failed(why) => Err(Error::new(
+                ErrorKind::Io,
+                format!("{} has to be opened anew: {why}", self.address),
+            )),
+            Phase::Closed => Err(ErrorKind::Shutdown.into()),
+        }
+    }
+
+    /// Ends `op`, with what follows from that for those that wait for it and for the journal.
+    fn settle(&self, state: &mut State, op: &Arc<Op>, result: Result<Answer>) {
+        match (op.origin, op.kind) {
+            (Origin::Replay, _) => {}
+            (_, Kind::Flush) => {
+                if result.is_ok() {
+                    state.journal.retire(op.number);
+                    state.stuck = None;
+                }
+                if op.origin == Origin::Upkeep {
+                    state.upkeep = false;
+                }
+                self.budget.freed.notify_waiters();
+            }
+            (_, kind) if kind.is_mutation() => {
+                state.ranges.remove(&op.range.start);
+                state.numbers.remove(&op.number);
+                if result.is_ok() {
+                    self.record(state, op);
+                    self.make_room(state, false);
+                }
+                self.ended.notify_waiters();
+            }
+            _ => {}
+        }
+        op.finish(result);
+    }
+
+    /// Notes a mutation that completed.
+    fn record(&self, state: &mut State, op: &Op) {
+        if op.flags.contains(CommandFlags::FUA) {
+            return state.journal.forget(op.range.clone());
+        }
+        let full = !self.keeps_journal()
+            && (self.budget.cap() == 0 || self.budget.used() > self.budget.cap());
+        match &op.data {
+            Some(data) if !full && !state.journal.is_incomplete() => {
+                let content = Content {
+                    kind: op.kind,
+                    // Fast or not at all was the caller's wish; it was done, and is to be done again.
+                    flags: op.flags - CommandFlags::FAST_ZERO,
+                    data: data.clone(),
+                };
+                state.journal.keep(op.range.clone(), content);
+            }
+            _ => state.journal.miss(),
+        }
+    }
+
+    /// True if the journal can be kept complete, by flushes.
+    fn keeps_journal(&self) -> bool {
+        self.export.durability == Durability::Flush && self.budget.cap() > 0
+    }
+
+    /// Flushes on the journal's behalf when half of it is used, or somebody waits for room.
+    fn make_room(&self, state: &mut State, needed: bool) {
+        if !self.keeps_journal()
+            || state.upkeep
+            || state.stuck.is_some()
+            || state.journal.is_empty()
+            || !needed && self.budget.used() <= self.budget.cap() / 2
+        {
+            return;
+        }
+        let mut op = Op::new(Kind::Flush, 0..0);
+        op.origin = Origin::Upkeep;
+        op.number = state.journal.stamp();
+        state.upkeep = true;
+        self.place(state, Arc::new(op));
+    }
+
+    fn renew(&self, state: &mut State, why: String) {
+        if let Phase::Up = state.phase {
+            tracing::warn!("{}: {why}", self.address);
+            state.renew.get_or_insert(why);
+            self.event.notify_one();
+        }
+    }
+
+    fn latch(&self, state: &mut State, why: String) {
+        if !matches!(state.phase, Phase::Failed(_) | Phase::Closed) {
+            tracing::error!("{}: {why}", self.address);
+            state.phase = Phase::Failed(why);
+            self.event.notify_one();
+        }
+        self.abandon(state);
+    }
+
+    /// Fails all that is on its way or waits.
+    fn abandon(&self, state: &mut State) {
+        for conn in std::mem::take(&mut state.conns) {
+            state.queue.extend(conn.die());
+        }
+        self.fail_queue(state);
+        self.budget.freed.notify_waiters();
+        self.ended.notify_waiters();
+    }
+
+    fn fail_queue(&self, state: &mut State) {
+        while let Some(op) = state.queue.pop_front() {
+            let error = match self.refuse(state) {
+                Err(error) => error,
+                Ok(()) => ErrorKind::Io.into(),
+            };
+            self.settle(state, &op, Err(error));
+        }
+        self.budget.freed.notify_waiters();
+        self.ended.notify_waiters();
+    }
+}
+
+impl State {
+    /// Lets a mutation in unless one that overlaps is in flight.
+    fn enter(&mut self, op: &mut Op) -> bool {
+        let range = &op.range;
+        let before = self.ranges.range(..range.end).next_back();
+        if before.is_some_and(|(_, &end)| end > range.start) {
+            return false;
+        }
+        self.ranges.insert(range.start, range.end);
+        op.number = self.next_number;
+        self.next_number += 1;
+        self.numbers.insert(op.number);
+        true
+    }
+}
+
+/// An error of the server's, in this library's words.
+fn translate(failure: Failure) -> Error {
+    let errno = match failure.errno {
+        // The specification: what is not on its list is EINVAL.
+        error::EPERM
+        | error::EIO
+        | error::ENOMEM
+        | error::EINVAL
+        | error::ENOSPC
+        | error::EOVERFLOW
+        | error::ENOTSUP
+        | error::ESHUTDOWN => failure.errno as i32,
+        _ => error::EINVAL as i32,
+    };
+    match failure.text.is_empty() {
+        true => Error::from_errno(errno),
+        false => Error::new(
+            ErrorKind::from_errno(errno),
+            format!("the server says: {}", failure.text.escape_debug()),
+        ),
+    }
+}
