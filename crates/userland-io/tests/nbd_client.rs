@@ -6,7 +6,7 @@ mod nbd_peers;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nbd_peers::{Fake, FakeConn, Peer, within};
+use nbd_peers::{Fake, Peer, within};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use userland_io::transports::nbd::session::ReplyMode;
 use userland_io::transports::nbd::wire::{
@@ -662,13 +662,6 @@ async fn lies_about_extents_end_the_connection() {
         };
         tokio::join!(server, client);
     }
-}
-
-/// Accepts, and hands over the first request and whoever sent it.
-async fn first_request(fake: &Fake) -> (FakeConn, Request, Vec<u8>) {
-    let mut conn = fake.accept().await;
-    let (request, payload) = conn.request().await.unwrap();
-    (conn, request, payload)
 }
 
 #[tokio::test]
