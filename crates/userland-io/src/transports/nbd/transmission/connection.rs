@@ -1,0 +1,647 @@
+//! The loop of one connection: what its task does each time it is woken.
+//!
+//! Round by round: take what has finished, start what has arrived, send what there
+//! is to send, receive if something more is wanted; and sleep when a round moves nothing.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep, sleep};
+
+use super::super::limits::{Environment, Limits};
+use super::super::session::{ReplyMode, Session};
+use super::super::socket::Socket;
+use super::super::wire::{self, cmd};
+use super::budget::Account;
+use super::command::{Done, Job, Outcome};
+use super::holes::Holes;
+use super::input::{self, Input};
+use super::output::Output;
+use super::pool::{Buffer, Pool, footprint};
+use super::reply::Replies;
+use super::request::{self, Command, Request};
+use super::status;
+use crate::{Features, Slots};
+
+/// No request is started while so many bytes wait to be sent, in the case that every request
+/// finishes at once: more would only leave the cache before they are sent.
+const GATHERED: usize = 256 << 10;
+/// The same while requests are in flight, which must not run dry behind a long reply.
+const GATHERED_IN_FLIGHT: usize = 4 << 20;
+/// The rest of a payload, if at least this long, is received straight into its buffer; a shorter
+/// one comes along with the requests behind it.
+const DIRECT: usize = 32 << 10;
+/// What is received after a long payload, so that the next one is not received beside its buffer.
+const AFTER_DIRECT: usize = 4 << 10;
+/// A read longer than the longest request is answered in pieces of this many bytes.
+const PIECE: u64 = 4 << 20;
+/// How often a connection looks after itself, if there is a reason to.
+const TICK: Duration = Duration::from_millis(400);
+/// For how many ticks a client may neither take nor give a byte while others wait for its memory.
+const STALLED: u32 = 25;
+
+/// One connection. `F` is a request's future, which `G` makes.
+pub(super) struct Connection<'a, S, F, G> {
+    stream: S,
+    session: &'a Session,
+    limits: &'a Limits,
+    replies: Replies,
+    make: G,
+    slots: Slots<F>,
+    input: Input,
+    output: Output,
+    pool: Pool,
+    account: Account,
+    /// What is left of reads longer than the longest request.
+    long_reads: VecDeque<Request>,
+    /// Long reads and new requests take turns.
+    is_long_reads_turn: bool,
+    holes: Option<Holes>,
+    phase: Phase,
+    state: State,
+    result: io::Result<()>,
+    /// When requests in flight have had their time.
+    deadline: Option<Instant>,
+    timer: Option<Pin<Box<Sleep>>>,
+    is_armed: bool,
+    has_moved: bool,
+    stalled: u32,
+    was_direct: bool,
+}
+
+/// What the next bytes are.
+#[derive(Debug)]
+enum Phase {
+    Header,
+    /// The payload of `request`, `filled` bytes of which have come.
+    Payload {
+        request: Request,
+        buffer: Buffer,
+        filled: usize,
+        charge: usize,
+    },
+    /// So many bytes that nobody wants.
+    Refused(u64),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Requests are taken.
+    Serving,
+    /// No longer; those in flight finish, and their replies are sent.
+    Leaving { farewell: Farewell },
+    /// Nobody takes replies any more; what is in flight finishes.
+    Gone,
+    /// All is sent; what the client still sends is thrown away, lest the replies be lost with it.
+    Farewell(Farewell),
+    /// Nothing is left to do, or no time to do it.
+    Over,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Farewell {
+    /// The client has left too.
+    None,
+    /// It may be sending a request.
+    Brief,
+    /// It is sending a payload.
+    Patient,
+}
+
+/// What a round needs from the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wants {
+    /// Nothing: no request can be taken now.
+    Nothing,
+    /// Anything.
+    Input,
+    /// The rest of a payload.
+    Payload,
+}
+
+impl<'a, S, F, G> Connection<'a, S, F, G>
+where
+    S: Socket,
+    F: Future<Output = Done>,
+    G: FnMut(Job) -> F,
+{
+    /// A connection whose requests run as the futures that `make` makes.
+    pub(super) fn new(
+        stream: S,
+        input: Vec<u8>,
+        session: &'a Session,
+        environment: &'a Environment,
+        make: G,
+    ) -> Self {
+        let limits = &*environment.limits;
+        Connection {
+            stream,
+            session,
+            limits,
+            replies: Replies::new(session.replies),
+            make,
+            slots: Slots::new(limits.max_in_flight.max(1)),
+            input: Input::new(&input),
+            output: Output::new(),
+            pool: Pool::new(),
+            account: Account::new(environment.budget.clone(), limits.max_connection_bytes),
+            long_reads: VecDeque::new(),
+            is_long_reads_turn: false,
+            holes: None,
+            phase: Phase::Header,
+            state: State::Serving,
+            result: Ok(()),
+            deadline: None,
+            timer: None,
+            is_armed: false,
+            has_moved: false,
+            stalled: 0,
+            was_direct: false,
+        }
+    }
+
+    /// Asks an engine that has `EXTENTS` where reads can be left out.
+    pub(super) fn look_for_holes(&mut self, features: Features) {
+        if features.contains(Features::EXTENTS) {
+            self.holes = Some(Holes::default());
+        }
+    }
+
+    /// Takes no more requests, and gives those in flight the grace period.
+    pub(super) fn stop(&mut self) {
+        self.deadline = Some(Instant::now() + self.limits.shutdown_grace);
+        self.leave(Farewell::Brief);
+    }
+
+    /// Works until nothing moves. Ready when the connection is over.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut moved = self.reap(cx);
+            let in_flight = self.slots.in_flight();
+            moved |= self.start_long_read(cx);
+            let wants = self.start_requests(cx, &mut moved);
+            // Slots tell this task of a wake only once they were polled with it in flight.
+            moved |= self.slots.in_flight() > in_flight;
+            moved |= self.send(cx);
+            moved |= self.receive(cx, wants);
+            moved |= self.part(cx);
+            if self.state == State::Over {
+                return Poll::Ready(std::mem::replace(&mut self.result, Ok(())));
+            }
+            self.has_moved |= moved;
+            if !moved && !self.tick(cx) {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Answers what has finished.
+    fn reap(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut moved = false;
+        while let Poll::Ready(Some(done)) = self.slots.poll(cx) {
+            self.finish(done);
+            moved = true;
+        }
+        moved
+    }
+
+    /// Starts the next piece of a long read, if it is its turn.
+    fn start_long_read(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.is_long_reads_turn || !self.has_room() {
+            return false;
+        }
+        let Some(whole) = self.long_reads.front().copied() else {
+            return false;
+        };
+        let length = whole.length.min(PIECE);
+        if self.take(cx, footprint(length as usize)).is_pending() {
+            return false;
+        }
+        self.long_reads.pop_front();
+        self.is_long_reads_turn = false;
+        let buffer = Some(self.pool.take(length as usize));
+        let ask = self.ask(whole.offset, length);
+        self.start(Job {
+            request: Request { length, ..whole },
+            buffer,
+            ask,
+            charge: 0,
+            rest: whole.length - length,
+        });
+        true
+    }
+
+    /// Starts what has arrived whole.
+    fn start_requests(&mut self, cx: &mut Context<'_>, moved: &mut bool) -> Wants {
+        let before = (self.is_long_reads_turn, self.long_reads.len());
+        let wants = loop {
+            if self.state != State::Serving {
+                break Wants::Nothing;
+            }
+            match &mut self.phase {
+                Phase::Refused(left) => {
+                    let here = self.input.bytes().len();
+                    self.input.consume(usize::try_from(*left).unwrap_or(here));
+                    *left = left.saturating_sub(here as u64);
+                    if *left > 0 {
+                        break Wants::Input;
+                    }
+                    self.phase = Phase::Header;
+                }
+                Phase::Payload { buffer, filled, .. } => {
+                    *filled += self.input.take(&mut buffer[*filled..]);
+                    match buffer.len() - *filled {
+                        0 => self.start_with_payload(),
+                        DIRECT.. => break Wants::Payload,
+                        _ => break Wants::Input,
+                    }
+                }
+                Phase::Header => {
+                    let in_flight = self.slots.in_flight() + self.long_reads.len();
+                    if !self.has_room() || in_flight >= self.limits.max_in_flight.max(1) {
+                        break Wants::Nothing;
+                    }
+                    let header = match self.header() {
+                        None => break Wants::Input,
+                        Some(Ok(header)) => header,
+                        Some(Err(error)) => {
+                            self.lose(io::Error::new(io::ErrorKind::InvalidData, error));
+                            continue;
+                        }
+                    };
+                    if self.begin(cx, header).is_pending() {
+                        break Wants::Nothing;
+                    }
+                    self.is_long_reads_turn = true;
+                }
+            }
+        };
+        if wants != Wants::Nothing || self.state != State::Serving {
+            self.is_long_reads_turn = true;
+        }
+        // A turn that came after the long reads were asked in this round.
+        let after = (self.is_long_reads_turn, self.long_reads.len());
+        *moved |= after != before && after.1 > 0;
+        wants
+    }
+
+    /// The next header, if it is there.
+    fn header(&self) -> Option<Result<wire::Request, wire::BadMagic>> {
+        let bytes = self.input.bytes();
+        match self.session.replies {
+            ReplyMode::Extended => bytes.first_chunk().map(wire::Request::decode_extended),
+            _ => bytes.first_chunk().map(wire::Request::decode_compact),
+        }
+    }
+
+    /// Takes the request of `header`, which is at hand. Pending if there is no memory for it now.
+    fn begin(&mut self, cx: &mut Context<'_>, header: wire::Request) -> Poll<()> {
+        let header_length = match self.session.replies {
+            ReplyMode::Extended => wire::Request::EXTENDED_LEN,
+            _ => wire::Request::COMPACT_LEN,
+        };
+        if header.command == cmd::DISC {
+            self.input.consume(header_length);
+            self.leave(Farewell::None);
+            return Poll::Ready(());
+        }
+        let payload = request::payload_length(&header, self.session.replies);
+        let maximum = self.limits.max_request;
+        let request = match request::check(&header, self.session, maximum) {
+            Ok(request) => request,
+            Err(refusal) => {
+                self.input.consume(header_length);
+                let tag = (&header).into();
+                self.replies
+                    .error(&mut self.output, tag, refusal.error, refusal.at, &refusal);
+                if payload > self.limits.max_payload_drain {
+                    let error = format!("a refused payload of {payload} bytes");
+                    self.result = Err(io::Error::new(io::ErrorKind::InvalidData, error));
+                    self.leave(Farewell::Patient);
+                } else if payload > 0 {
+                    self.phase = Phase::Refused(payload);
+                }
+                return Poll::Ready(());
+            }
+        };
+        // From here on the lengths of payloads are at most `maximum`, which is 32 bits.
+        let length = match request.command {
+            Command::Read { .. } if request.length > u64::from(maximum) => {
+                self.input.consume(header_length);
+                self.long_reads.push_back(request);
+                return Poll::Ready(());
+            }
+            Command::Read { .. } => request.length as usize,
+            _ => payload as usize,
+        };
+        let charge = match request.command {
+            Command::Status { .. } => {
+                self.session.contexts.len()
+                    * status::MOST_EXTENTS
+                    * wire::payload::STATUS_EXT_EXTENT
+            }
+            _ => 0,
+        };
+        let bytes = if length > 0 { footprint(length) } else { 0 };
+        if self.take(cx, bytes + charge).is_pending() {
+            return Poll::Pending;
+        }
+        self.input.consume(header_length);
+        let buffer = (length > 0).then(|| self.pool.take(length));
+        match buffer {
+            Some(buffer) if payload > 0 => {
+                self.phase = Phase::Payload {
+                    request,
+                    buffer,
+                    filled: 0,
+                    charge,
+                };
+            }
+            buffer => {
+                let ask = matches!(request.command, Command::Read { split: true })
+                    && self.ask(request.offset, request.length);
+                self.start(Job {
+                    request,
+                    buffer,
+                    ask,
+                    charge,
+                    rest: 0,
+                });
+            }
+        }
+        Poll::Ready(())
+    }
+
+    fn start_with_payload(&mut self) {
+        if let Phase::Payload {
+            request,
+            buffer,
+            charge,
+            ..
+        } = std::mem::replace(&mut self.phase, Phase::Header)
+        {
+            self.start(Job {
+                request,
+                buffer: Some(buffer),
+                ask: false,
+                charge,
+                rest: 0,
+            });
+        }
+    }
+
+    fn start(&mut self, job: Job) {
+        let future = (self.make)(job);
+        if let Poll::Ready(done) = self.slots.start(future) {
+            self.finish(done);
+        }
+    }
+
+    /// Answers a request that has been run.
+    fn finish(&mut self, done: Done) {
+        let Job {
+            request,
+            mut buffer,
+            charge,
+            rest,
+            ..
+        } = done.job;
+        self.account.give(charge);
+        if self.state != State::Gone {
+            let (replies, out, tag) = (self.replies, &mut self.output, request.tag);
+            let last = rest == 0;
+            match (&done.outcome, buffer.take()) {
+                (Ok(Outcome::Data | Outcome::KnownData(_)), Some(data)) => {
+                    buffer = replies.data(out, tag, request.offset, data, last);
+                }
+                (Ok(Outcome::Sparse(runs)), Some(data)) => {
+                    buffer = replies.sparse(out, tag, request.offset, data, runs, last);
+                }
+                (Ok(Outcome::Status(all)), unused) => {
+                    replies.status(out, tag, all);
+                    buffer = unused;
+                }
+                (Ok(_), unused) => {
+                    replies.success(out, tag);
+                    buffer = unused;
+                }
+                (Err(failure), unused) => {
+                    replies.failure(out, &request, failure);
+                    buffer = unused;
+                }
+            }
+            match (&mut self.holes, &done.outcome) {
+                (Some(holes), Ok(Outcome::KnownData(data))) => {
+                    holes.learn(request.offset, *data, false);
+                }
+                (Some(holes), Ok(Outcome::Sparse(_))) => holes.learn(request.offset, 0, true),
+                _ => {}
+            }
+            if rest > 0 && done.outcome.is_ok() {
+                self.long_reads.push_back(Request {
+                    offset: request.offset + request.length,
+                    length: rest,
+                    ..request
+                });
+            }
+        }
+        if let Some(buffer) = buffer {
+            give(&mut self.pool, &mut self.account, buffer);
+        }
+    }
+
+    /// Sends what there is.
+    fn send(&mut self, cx: &mut Context<'_>) -> bool {
+        let before = self.output.pending();
+        if before == 0 {
+            return false;
+        }
+        let (pool, account) = (&mut self.pool, &mut self.account);
+        let sent = self
+            .output
+            .poll_send(cx, &mut self.stream, |buffer| give(pool, account, buffer));
+        if let Poll::Ready(Err(error)) = sent {
+            self.lose(error);
+            return true;
+        }
+        self.output.pending() != before
+    }
+
+    /// Receives what is wanted.
+    fn receive(&mut self, cx: &mut Context<'_>, wants: Wants) -> bool {
+        if self.state != State::Serving {
+            return false;
+        }
+        let received = match (wants, &mut self.phase) {
+            (Wants::Nothing, _) => return false,
+            (Wants::Payload, Phase::Payload { buffer, filled, .. }) => {
+                self.was_direct = true;
+                let received = input::poll_receive(cx, &mut self.stream, &mut buffer[*filled..]);
+                if let Poll::Ready(Ok(came)) = received {
+                    *filled += came;
+                }
+                received
+            }
+            _ => {
+                let most = match self.was_direct {
+                    true => AFTER_DIRECT,
+                    false => usize::MAX,
+                };
+                let received = self.input.poll_receive(cx, &mut self.stream, most);
+                self.was_direct &= received.is_pending();
+                received
+            }
+        };
+        match received {
+            Poll::Pending => return false,
+            Poll::Ready(Ok(0)) => {
+                if !matches!(self.phase, Phase::Header) || !self.input.bytes().is_empty() {
+                    self.result = Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                self.leave(Farewell::None);
+            }
+            Poll::Ready(Ok(_)) => {}
+            Poll::Ready(Err(error)) => self.lose(error),
+        }
+        true
+    }
+
+    /// Goes from leaving to left, as far as it can.
+    fn part(&mut self, cx: &mut Context<'_>) -> bool {
+        let before = self.state;
+        let is_idle = self.slots.in_flight() == 0 && self.long_reads.is_empty();
+        match self.state {
+            State::Leaving { farewell } if is_idle && self.output.pending() == 0 => {
+                self.state = match farewell {
+                    Farewell::None => State::Over,
+                    farewell => State::Farewell(farewell),
+                };
+            }
+            State::Gone if is_idle => self.state = State::Over,
+            State::Farewell(farewell) => {
+                if Pin::new(&mut self.stream).poll_shutdown(cx).is_pending() {
+                    return false;
+                }
+                loop {
+                    self.input.consume(usize::MAX);
+                    match self.input.poll_receive(cx, &mut self.stream, usize::MAX) {
+                        Poll::Ready(Ok(1..)) => {}
+                        Poll::Pending if farewell == Farewell::Patient => break,
+                        _ => {
+                            self.state = State::Over;
+                            break;
+                        }
+                    }
+                }
+            }
+            _ => {}
+        }
+        self.state != before
+    }
+
+    /// Looks after what only time can decide. True if it changed anything.
+    fn tick(&mut self, cx: &mut Context<'_>) -> bool {
+        let is_due = match self.state {
+            State::Serving => !self.pool.is_trimmed() || self.account.borrows(),
+            _ => true,
+        };
+        if !is_due {
+            return false;
+        }
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(TICK)));
+        if !self.is_armed {
+            self.is_armed = true;
+            self.has_moved = false;
+            let next = Instant::now() + TICK;
+            let next = self.deadline.map_or(next, |deadline| next.min(deadline));
+            timer.as_mut().reset(next);
+        }
+        if timer.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        self.is_armed = false;
+        let is_late = self.deadline.is_some_and(|end| Instant::now() >= end);
+        let is_stuck = !self.has_moved && self.slots.in_flight() == 0;
+        match self.state {
+            _ if is_late => self.end("requests in flight at shutdown took too long"),
+            State::Farewell(_) => self.state = State::Over,
+            State::Leaving { .. } if is_stuck && self.output.pending() > 0 => {
+                self.end("the client left and takes no replies");
+            }
+            State::Serving if is_stuck && self.account.holds_up_others() => {
+                self.stalled += 1;
+                if self.stalled >= STALLED {
+                    self.end("the client neither sends nor takes, and others wait for its memory");
+                }
+            }
+            State::Serving if !self.has_moved => self.pool.trim(),
+            _ => self.stalled = 0,
+        }
+        true
+    }
+
+    fn end(&mut self, why: &str) {
+        if self.result.is_ok() {
+            self.result = Err(io::Error::new(io::ErrorKind::TimedOut, why));
+        }
+        self.state = State::Over;
+    }
+
+    /// Takes no more requests.
+    fn leave(&mut self, farewell: Farewell) {
+        if self.state == State::Serving {
+            self.state = State::Leaving { farewell };
+            self.abandon_payload();
+        }
+    }
+
+    /// Gives up on a stream that is of no more use.
+    fn lose(&mut self, error: io::Error) {
+        self.state = State::Gone;
+        if self.result.is_ok() {
+            self.result = Err(error);
+        }
+        self.long_reads.clear();
+        self.abandon_payload();
+        let (pool, account) = (&mut self.pool, &mut self.account);
+        self.output.clear(|buffer| give(pool, account, buffer));
+    }
+
+    fn abandon_payload(&mut self) {
+        if let Phase::Payload { buffer, charge, .. } =
+            std::mem::replace(&mut self.phase, Phase::Header)
+        {
+            self.account.give(charge);
+            give(&mut self.pool, &mut self.account, buffer);
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let most = match self.slots.in_flight() {
+            0 => GATHERED,
+            _ => GATHERED_IN_FLIGHT,
+        };
+        self.output.pending() < most && !self.slots.is_full()
+    }
+
+    fn take(&mut self, cx: &mut Context<'_>, bytes: usize) -> Poll<()> {
+        match bytes {
+            0 => Poll::Ready(()),
+            _ => self.account.poll_take(cx, bytes),
+        }
+    }
+
+    fn ask(&mut self, offset: u64, length: u64) -> bool {
+        let holes = self.holes.as_mut();
+        holes.is_some_and(|holes| holes.ask(offset, length))
+    }
+}
+
+fn give(pool: &mut Pool, account: &mut Account, buffer: Buffer) {
+    account.give(footprint(buffer.len()));
+    pool.give(buffer);
+}

@@ -1,0 +1,113 @@
+//! What was received and not yet understood: one buffer that one receive fills with many requests.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, ReadBuf};
+
+/// The most bytes that one receive brings: dozens of small writes, thousands of reads.
+const CAPACITY: usize = 256 << 10;
+
+/// Received bytes, `start..end` of which are not yet consumed.
+#[derive(Debug)]
+pub(super) struct Input {
+    memory: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Input {
+    /// An input that has received `first`. Memory is not touched before it is needed.
+    pub(super) fn new(first: &[u8]) -> Self {
+        let mut memory = vec![0; CAPACITY.max(first.len())];
+        memory[..first.len()].copy_from_slice(first);
+        Input {
+            memory: memory.into(),
+            start: 0,
+            end: first.len(),
+        }
+    }
+
+    /// The bytes at hand.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..self.end]
+    }
+
+    /// Drops the first `len` bytes at hand, or all of them if there are fewer.
+    pub(super) fn consume(&mut self, len: usize) {
+        self.start = self.end.min(self.start.saturating_add(len));
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
+    /// Moves bytes at hand to the front of `to`; answers how many.
+    pub(super) fn take(&mut self, to: &mut [u8]) -> usize {
+        let len = to.len().min(self.end - self.start);
+        to[..len].copy_from_slice(&self.bytes()[..len]);
+        self.consume(len);
+        len
+    }
+
+    /// Receives up to `most` bytes. Answers how many came; 0 at the end of the stream.
+    pub(super) fn poll_receive<S: AsyncRead + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: &mut S,
+        most: usize,
+    ) -> Poll<io::Result<usize>> {
+        // What is at hand is less than a request header here, so moving it costs nothing.
+        if self.start > 0 {
+            self.memory.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let room = self.memory.len().min(self.end.saturating_add(most));
+        let came = ready!(poll_receive(cx, stream, &mut self.memory[self.end..room]))?;
+        self.end += came;
+        Poll::Ready(Ok(came))
+    }
+}
+
+/// Receives into `to`, which must not be empty. Answers how many bytes came; 0 at the end of the stream.
+pub(super) fn poll_receive<S: AsyncRead + Unpin>(
+    cx: &mut Context<'_>,
+    stream: &mut S,
+    to: &mut [u8],
+) -> Poll<io::Result<usize>> {
+    let mut to = ReadBuf::new(to);
+    ready!(Pin::new(stream).poll_read(cx, &mut to))?;
+    Poll::Ready(Ok(to.filled().len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::task::Waker;
+
+    #[test]
+    fn bytes_come_in_order_through_a_moving_window() {
+        let sent: Vec<u8> = (0..=255).cycle().take(3 * CAPACITY).collect();
+        let (mut stream, mut input) = (&sent[..], Input::new(&[]));
+        let mut got = Vec::new();
+        let mut cx = Context::from_waker(Waker::noop());
+        loop {
+            match input.poll_receive(&mut cx, &mut stream, 100_000) {
+                Poll::Ready(Ok(0)) => break,
+                Poll::Ready(Ok(came)) => assert!(came <= 100_000),
+                other => panic!("{other:?}"),
+            }
+            // All but a few bytes, so that the window moves.
+            while input.bytes().len() > 7 {
+                let mut piece = [0; 1000];
+                let room = piece.len().min(input.bytes().len() - 7);
+                let len = input.take(&mut piece[..room]);
+                got.extend_from_slice(&piece[..len]);
+            }
+        }
+        got.extend_from_slice(input.bytes());
+        assert!(got == sent);
+        input.consume(8);
+        assert!(input.bytes().is_empty());
+    }
+}

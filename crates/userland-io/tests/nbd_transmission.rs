@@ -1,0 +1,316 @@
+//! The request loop of the NBD server: what requests do, in each mode of replies.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Semaphore;
+use userland_io::transports::nbd::wire::{CommandFlags, cmd};
+use userland_io::{Device, Features};
+
+#[path = "common/nbd_peer.rs"]
+mod nbd_peer;
+use nbd_peer::{MIB, MODES, Peer, Rig, pattern, session};
+
+const NONE: CommandFlags = CommandFlags::empty();
+
+async fn rig(size: u64) -> (Rig, Device<Rig>) {
+    let rig = Rig::new(size);
+    let device = Device::open(rig.clone()).await.unwrap();
+    rig.taken();
+    (rig, device)
+}
+
+#[tokio::test]
+async fn what_is_written_is_read_in_every_mode() {
+    for mode in MODES {
+        let (_, device) = rig(MIB as u64 + 77).await;
+        let mut peer = Peer::new(&device, session(mode, MIB as u64 + 77));
+        for (offset, len) in [
+            (0, 1),
+            (1, 4096),
+            (5000, 2047),
+            (8192, 65_536),
+            (100_001, 500_000),
+        ] {
+            let data = pattern(len as u8, offset, len);
+            let answer = peer.write(offset, &data).await;
+            assert_eq!((answer.error, answer.data.len()), (0, 0));
+            let answer = peer.read(offset, len).await;
+            assert_eq!(answer.error, 0);
+            assert!(answer.data == data, "{mode:?} {offset}+{len}");
+        }
+        // To the last byte of an odd size.
+        assert_eq!(peer.write(MIB as u64, &[7; 77]).await.error, 0);
+        assert_eq!(peer.read(MIB as u64 + 70, 7).await.data, [7; 7]);
+        assert_eq!(peer.call(cmd::FLUSH, NONE, 0, 0, &[]).await.error, 0);
+        peer.leave().await;
+    }
+}
+
+#[tokio::test]
+async fn many_requests_in_one_packet_are_all_answered() {
+    for mode in MODES {
+        let (_, device) = rig(MIB as u64).await;
+        let mut peer = Peer::new(&device, session(mode, MIB as u64));
+        let mut packet = Vec::new();
+        let mut cookies = Vec::new();
+        for i in 0..200_u64 {
+            let (cookie, head) = peer.head(cmd::WRITE, NONE, i * 4096, 1000 + i);
+            packet.extend(head);
+            packet.extend(pattern(i as u8, i * 4096, 1000 + i as usize));
+            cookies.push(cookie);
+        }
+        // Cut where it hurts: bytes first, then large pieces.
+        let (first, rest) = packet.split_at(40);
+        for byte in first {
+            peer.writer.write_all(&[*byte]).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        for piece in rest.chunks(70_001) {
+            peer.writer.write_all(piece).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..200 {
+            let (cookie, answer) = peer.receive().await;
+            assert_eq!(answer.error, 0);
+            cookies.retain(|open| *open != cookie);
+        }
+        assert!(cookies.is_empty());
+        for i in 0..200_u64 {
+            let len = 1000 + i as usize;
+            let data = peer.read(i * 4096, len).await.data;
+            assert!(data == pattern(i as u8, i * 4096, len));
+        }
+        peer.leave().await;
+    }
+}
+
+#[tokio::test]
+async fn sixty_four_mebibytes_go_through_at_once_each_way() {
+    for mode in MODES {
+        let (_, device) = rig(80 << 20).await;
+        let mut peer = Peer::new(&device, session(mode, 80 << 20));
+        let data = pattern(3, 12_345, 64 << 20);
+        assert_eq!(peer.write(12_345, &data).await.error, 0);
+        let answer = peer.read(12_345, 64 << 20).await;
+        assert_eq!(answer.error, 0);
+        assert!(answer.data == data, "{mode:?}");
+        peer.leave().await;
+    }
+}
+
+#[tokio::test]
+async fn commands_without_payload_reach_the_device() {
+    for mode in MODES {
+        let (rig, device) = rig(MIB as u64).await;
+        // Only what is claimed arrives with its flags.
+        let mut peer = Peer::new(&device, session(mode, MIB as u64));
+        peer.write(0, &[1; 65_536]).await;
+        rig.taken();
+        let zeroes = CommandFlags::FUA | CommandFlags::NO_HOLE;
+        for (command, flags) in [
+            (cmd::WRITE_ZEROES, zeroes),
+            (cmd::CACHE, NONE),
+            (cmd::TRIM, NONE),
+        ] {
+            let answer = peer.call(command, flags, 4096, 8192, &[]).await;
+            assert_eq!((answer.error, answer.text.as_str()), (0, ""));
+        }
+        let log = rig.taken().join(", ");
+        for part in [
+            "zeroes 4096..12288",
+            "prefetch 4096..12288",
+            "discard 4096..12288",
+        ] {
+            assert!(log.contains(part), "{log}");
+        }
+        let data = peer.read(0, 16_384).await.data;
+        assert!(data[..4096].iter().all(|&b| b == 1) && data[4096..12_288].iter().all(|&b| b == 0));
+        peer.leave().await;
+    }
+}
+
+#[tokio::test]
+async fn a_trim_with_fua_is_a_discard_then_a_flush() {
+    let (rig, device) = rig(MIB as u64).await;
+    let mut peer = Peer::new(&device, session(MODES[1], MIB as u64));
+    let answer = peer
+        .call(cmd::TRIM, CommandFlags::FUA, 0, 65_536, &[])
+        .await;
+    assert_eq!(answer.error, 0);
+    assert_eq!(rig.taken(), ["discard 0..65536", "flush"]);
+    peer.call(cmd::TRIM, NONE, 0, 65_536, &[]).await;
+    assert_eq!(rig.taken(), ["discard 0..65536"]);
+    peer.leave().await;
+}
+
+#[tokio::test]
+async fn fua_reaches_the_write() {
+    let (rig, device) = {
+        let rig = Rig::new(MIB as u64);
+        rig.geometry.lock().unwrap().features |= Features::FUA;
+        let device = Device::open(rig.clone()).await.unwrap();
+        (rig, device)
+    };
+    let mut peer = Peer::new(&device, session(MODES[0], MIB as u64));
+    rig.taken();
+    peer.call(cmd::WRITE, CommandFlags::FUA, 0, 512, &[1; 512])
+        .await;
+    peer.write(0, &[1; 512]).await;
+    assert_eq!(rig.taken(), ["write 0+512 1", "write 0+512 0"]);
+    peer.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_overlap_up_to_the_depth() {
+    // In paused time a sleep ends exactly when nothing else can run, so the ratio is exact
+    // on a machine under any load.
+    let (rig, device) = rig(MIB as u64).await;
+    *rig.delay.lock().unwrap() = Duration::from_millis(5);
+    let mut peer = Peer::new(&device, session(MODES[0], MIB as u64));
+    let rate = |count: u32, took: Duration| f64::from(count) / took.as_secs_f64();
+
+    let start = tokio::time::Instant::now();
+    for i in 0..50 {
+        peer.read(i * 4096, 4096).await;
+    }
+    let alone = rate(50, start.elapsed());
+
+    let start = tokio::time::Instant::now();
+    for i in 0..64 {
+        peer.send(cmd::READ, NONE, i % 200 * 4096, 4096, &[]).await;
+    }
+    for i in 64..6400 {
+        peer.receive().await;
+        peer.send(cmd::READ, NONE, i % 200 * 4096, 4096, &[]).await;
+    }
+    for _ in 0..64 {
+        peer.receive().await;
+    }
+    let deep = rate(6400, start.elapsed());
+    assert!(deep >= 0.95 * 64.0 * alone, "{deep} against {alone}");
+    assert_eq!(rig.most_in_flight.load(SeqCst), 64);
+    peer.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_finishes_first_is_answered_first() {
+    let (rig, device) = rig(MIB as u64).await;
+    let mut peer = Peer::new(&device, session(MODES[1], MIB as u64));
+    let gate = Arc::new(Semaphore::new(0));
+    *rig.gate.lock().unwrap() = Some(gate.clone());
+    let slow = peer.send(cmd::WRITE, NONE, 0, 512, &[1; 512]).await;
+    let fast = peer.send(cmd::READ, NONE, 4096, 512, &[]).await;
+    assert_eq!(peer.receive().await.0, fast);
+    gate.add_permits(1);
+    assert_eq!(peer.receive().await.0, slow);
+    peer.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn disc_finishes_what_is_in_flight_and_answers_it() {
+    for mode in MODES {
+        let (rig, device) = rig(MIB as u64).await;
+        *rig.delay.lock().unwrap() = Duration::from_secs(3);
+        let mut peer = Peer::new(&device, session(mode, MIB as u64));
+        let write = peer.send(cmd::WRITE, NONE, 0, 4096, &[9; 4096]).await;
+        let read = peer.send(cmd::READ, NONE, 8192, 4096, &[]).await;
+        peer.send(cmd::DISC, NONE, 0, 0, &[]).await;
+        let mut answered = [peer.receive().await.0, peer.receive().await.0];
+        answered.sort_unstable();
+        assert_eq!(answered, [write, read]);
+        assert!(peer.try_receive().await.is_err(), "closed");
+        peer.server.await.unwrap().unwrap();
+        assert_eq!(device.get_ref().finished.load(SeqCst), 2);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_vanishes_loses_replies_not_writes() {
+    let (rig, device) = rig(MIB as u64).await;
+    *rig.delay.lock().unwrap() = Duration::from_secs(60);
+    let mut peer = Peer::new(&device, session(MODES[0], MIB as u64));
+    for i in 0..10 {
+        peer.send(cmd::WRITE, NONE, i * 4096, 4096, &[5; 4096])
+            .await;
+    }
+    while rig.in_flight.load(SeqCst) < 10 {
+        tokio::task::yield_now().await;
+    }
+    let server = peer.server;
+    drop((peer.reader, peer.writer));
+    let _ = server.await.unwrap();
+    assert_eq!(rig.finished.load(SeqCst), 10, "before the task ended");
+    *rig.delay.lock().unwrap() = Duration::ZERO;
+    let mut peer = Peer::new(&device, session(MODES[0], MIB as u64));
+    assert!(peer.read(0, 40_960).await.data.iter().all(|&b| b == 5));
+    peer.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_only_stops_sending_gets_its_replies() {
+    let (rig, device) = rig(MIB as u64).await;
+    *rig.delay.lock().unwrap() = Duration::from_secs(60);
+    let mut peer = Peer::new(&device, session(MODES[1], MIB as u64));
+    let cookie = peer.send(cmd::READ, NONE, 0, 4096, &[]).await;
+    peer.writer.shutdown().await.unwrap();
+    assert_eq!(peer.receive().await.0, cookie);
+    peer.server.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_finishes_what_is_in_flight_and_takes_no_more() {
+    let (rig, device) = rig(MIB as u64).await;
+    *rig.delay.lock().unwrap() = Duration::from_secs(5);
+    let mut peer = Peer::new(&device, session(MODES[1], MIB as u64));
+    let cookie = peer.send(cmd::WRITE, NONE, 0, 4096, &[9; 4096]).await;
+    while rig.in_flight.load(SeqCst) < 1 {
+        tokio::task::yield_now().await;
+    }
+    peer.shutdown.send(true).unwrap();
+    tokio::task::yield_now().await;
+    peer.send(cmd::WRITE, NONE, 8192, 4096, &[9; 4096]).await;
+    let (answered, answer) = peer.receive().await;
+    assert_eq!((answered, answer.error), (cookie, 0));
+    assert!(peer.try_receive().await.is_err());
+    peer.server.await.unwrap().unwrap();
+    assert_eq!(rig.taken(), ["write 0+4096 0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_grace_period_ends_a_shutdown() {
+    let (rig, device) = rig(MIB as u64).await;
+    *rig.gate.lock().unwrap() = Some(Arc::new(Semaphore::new(0)));
+    let mut peer = Peer::new(&device, session(MODES[1], MIB as u64));
+    peer.send(cmd::WRITE, NONE, 0, 4096, &[9; 4096]).await;
+    while rig.in_flight.load(SeqCst) < 1 {
+        tokio::task::yield_now().await;
+    }
+    let start = tokio::time::Instant::now();
+    peer.shutdown.send(true).unwrap();
+    let error = peer.server.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+    assert_eq!(start.elapsed().as_secs(), 10);
+}
+
+#[tokio::test]
+async fn requests_of_no_bytes_succeed_where_they_mean_something() {
+    for mode in MODES {
+        let (rig, device) = rig(MIB as u64).await;
+        let mut peer = Peer::new(&device, session(mode, MIB as u64));
+        for command in [
+            cmd::READ,
+            cmd::WRITE,
+            cmd::TRIM,
+            cmd::CACHE,
+            cmd::WRITE_ZEROES,
+        ] {
+            let answer = peer.call(command, NONE, MIB as u64, 0, &[]).await;
+            assert_eq!((answer.error, answer.data.len()), (0, 0), "{command}");
+        }
+        assert_eq!(rig.taken().concat(), "", "nothing to do");
+        peer.leave().await;
+    }
+}
