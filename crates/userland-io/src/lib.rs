@@ -91,3 +91,8 @@ pub use geometry::{
     CrashLevel, Discard, Features, Geometry, InvalidGeometry, WriteFlags, changed_through,
 };
 pub use slots::Slots;
+
+/// The README's program compiles.
+#[cfg(all(doctest, feature = "nbd"))]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
