@@ -51,7 +51,7 @@ impl Blocks {
             "a request of {len} bytes got through"
         );
         assert!(
-            offset % 4096 == 0 && (end % 4096 == 0 || end == SIZE),
+            offset.is_multiple_of(4096) && (end.is_multiple_of(4096) || end == SIZE),
             "{offset}..{end} got through"
         );
         offset as usize..end as usize
