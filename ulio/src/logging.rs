@@ -9,13 +9,18 @@ use crate::errors::Failure;
 /// Where the filter comes from if there is no `--log`.
 const VARIABLE: &str = "ULIO_LOG";
 
-/// Starts it.
-pub(crate) fn start(option: Option<&str>) -> Result<(), Failure> {
+/// What a server logs unless told otherwise: failed requests too, since only its clients hear of them else.
+pub(crate) const SERVER: &str = "warn";
+/// What other commands do: the request that fails is their own failure, and told as such.
+pub(crate) const OTHERS: &str = "warn,userland_io::io=off";
+
+/// Starts it, with the filter `default` if nobody gives one.
+pub(crate) fn start(option: Option<&str>, default: &str) -> Result<(), Failure> {
     let variable = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
     let (origin, text) = match (option, &variable) {
         (Some(text), _) => ("--log", text),
         (None, Some(text)) => (VARIABLE, text.as_str()),
-        (None, None) => ("", "warn"),
+        (None, None) => ("", default),
     };
     let filter = EnvFilter::try_new(text).map_err(|error| {
         Failure::Usage(format!(

@@ -9,7 +9,11 @@ use crate::logging;
 
 /// Does what the arguments say.
 pub(crate) fn run(arguments: Cli) -> Result<(), Failure> {
-    logging::start(arguments.log.as_deref())?;
+    let default = match arguments.command {
+        Command::Serve(_) => logging::SERVER,
+        _ => logging::OTHERS,
+    };
+    logging::start(arguments.log.as_deref(), default)?;
     raise_open_files();
     let registry = Registry::builtin();
     match arguments.command {

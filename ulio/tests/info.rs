@@ -1,0 +1,129 @@
+//! `ulio info`: the numbers, the map, and both forms.
+
+mod common;
+use common::Ulio;
+
+use serde_json::{Value, json};
+
+fn json_of(ulio: &Ulio, line: &str) -> Value {
+    serde_json::from_str(ulio.run(line).ok()).unwrap()
+}
+
+#[test]
+fn text_tells_size_blocks_claims_and_allocation() {
+    let ran = Ulio::new().run("info memory:1000001");
+    let out = ran.ok();
+    for part in [
+        "memory:1000001\n",
+        "  size        976.56 KiB (1000001 bytes)\n",
+        "  access      read and write\n",
+        "  a crash     leaves nothing\n",
+        "fua",
+        "976.56 KiB hole, in 1 run\n",
+    ] {
+        assert!(out.contains(part), "{part}: {out}");
+    }
+    assert_eq!(ran.err, "");
+}
+
+#[test]
+fn a_read_only_stack_says_so() {
+    let ulio = Ulio::new();
+    let ran = ulio.run("info memory:1M readonly");
+    assert!(ran.ok().contains("  access      read-only\n"), "{ran:#?}");
+    let told = json_of(&ulio, "info --json memory:1M readonly");
+    assert_eq!(told["read_only"], true);
+    assert_eq!(told["stack"], "memory:1M readonly");
+}
+
+#[test]
+fn json_has_every_number_in_bytes() {
+    let told = json_of(&Ulio::new(), "info --json null:3G");
+    assert_eq!(told["size"], json!(3_u64 << 30));
+    assert_eq!(told["crash"], "none");
+    assert_eq!(told["logical_block_size"], 1);
+    assert_eq!(
+        told["extents"],
+        json!({ "data": 0, "zero": 0, "hole": 3_u64 << 30, "runs": 1 })
+    );
+    assert_eq!(told["map"], Value::Null);
+    let features = told["features"].as_array().unwrap();
+    assert!(features.contains(&json!("write_zeroes")), "{features:?}");
+}
+
+#[test]
+fn what_tells_no_extents_counts_as_data() {
+    let ulio = Ulio::new();
+    let told = json_of(&ulio, "info --json --map pattern:1M");
+    assert_eq!(
+        (&told["extents"], &told["map"]),
+        (&Value::Null, &Value::Null)
+    );
+    let ran = ulio.run("info --map pattern:1M");
+    assert!(ran.ok().contains("all counts as data"), "{ran:#?}");
+    assert!(
+        ran.ok()
+            .ends_with("                   0              1048576  data\n"),
+        "{ran:#?}"
+    );
+}
+
+#[test]
+fn the_map_of_a_sparse_file_lists_its_runs() {
+    let ulio = Ulio::new();
+    ulio.write("disk.img", &vec![7; 64 << 10]);
+    let file = std::fs::File::options()
+        .write(true)
+        .open(ulio.path("disk.img"))
+        .unwrap();
+    file.set_len(1 << 20).unwrap();
+    drop(file);
+    let ran = ulio.run("info --map file:disk.img");
+    let rows: Vec<Vec<&str>> = ran
+        .ok()
+        .lines()
+        .skip_while(|line| !line.ends_with("kind"))
+        .skip(1)
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(rows, [["0", "65536", "data"], ["65536", "983040", "hole"]]);
+    let told = json_of(&ulio, "info --json --map file:disk.img");
+    assert_eq!(told["extents"]["hole"], 983_040);
+    assert_eq!(
+        told["map"][1],
+        json!({ "offset": 65536, "length": 983_040, "kind": "hole" })
+    );
+    assert_eq!(told["crash"], "flush");
+    assert!(
+        told["features"]
+            .as_array()
+            .unwrap()
+            .contains(&json!("survives_kill"))
+    );
+}
+
+#[test]
+fn what_is_not_there_is_one_line_that_says_what_to_do() {
+    let ulio = Ulio::new();
+    ulio.run("info file:missing.img")
+        .fails(1, &["missing.img does not exist", "size"]);
+    ulio.run("info file:.").fails(1, &["directory"]);
+    ulio.write("disk.img", &[0; 4096]);
+    ulio.run("info file:disk.img,size=1M")
+        .fails(1, &["disk.img", "4096", "1048576"]);
+    assert!(!ulio.path("missing.img").exists());
+}
+
+/// A geometry that cannot be is told, not shown.
+#[test]
+fn a_fault_while_asking_is_an_error() {
+    Ulio::new()
+        .run("info memory:1M fault:EIO,on=extents")
+        .fails(
+            1,
+            &[
+                "asking `memory:1M fault:EIO,on=extents` for its extents",
+                "Input/output error",
+            ],
+        );
+}
