@@ -220,3 +220,27 @@ impl Input {
         self.bytes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_used_takes_no_memory() {
+        let (_stop, mut shutdown) = Shutdown::channel();
+        let mut input = Input::default();
+        let mut stream = tokio::io::repeat(7);
+        for _ in 0..1_000 {
+            let data = input
+                .take(&mut stream, &mut shutdown, 10_000)
+                .await
+                .unwrap();
+            assert_eq!(data, Some(&[7; 10_000][..]));
+        }
+        input
+            .skip(&mut stream, &mut shutdown, 10_000_000)
+            .await
+            .unwrap();
+        assert!(input.bytes.capacity() < 64 << 10);
+    }
+}
