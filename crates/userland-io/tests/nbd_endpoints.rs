@@ -303,26 +303,30 @@ async fn a_live_socket_of_another_kind_is_not_touched() {
     drop(datagrams);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_servers_that_race_for_a_stale_socket_one_wins() {
-    for _ in 0..20 {
+#[test]
+fn of_servers_that_race_for_a_stale_socket_one_wins() {
+    const RACERS: usize = 8;
+    for _ in 0..50 {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let address = unix(&path);
-        let racers: Vec<_> = (0..6)
-            .map(|_| {
-                let address = address.clone();
-                tokio::spawn(async move { bind(&address).await })
-            })
-            .collect();
-        let mut winners = Vec::new();
-        for racer in racers {
-            winners.extend(racer.await.unwrap().ok());
-        }
-        assert_eq!(winners.len(), 1);
-        assert!(serves(&winners[0].addresses()[0]).await);
-        winners.remove(0).shutdown().await.unwrap();
+        let line = std::sync::Barrier::new(RACERS);
+        let race = || {
+            let runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = { runtime }.enable_all().build().unwrap();
+            line.wait();
+            let bound = runtime.block_on(bind(&address));
+            // Whoever has won stays until all have tried.
+            line.wait();
+            bound.is_ok()
+        };
+        let winners = std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..RACERS).map(|_| scope.spawn(race)).collect();
+            let won = racers.into_iter().map(|racer| racer.join().unwrap());
+            won.filter(|won| *won).count()
+        });
+        assert_eq!(winners, 1);
     }
 }
 
