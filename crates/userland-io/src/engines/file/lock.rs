@@ -40,9 +40,9 @@ pub(super) fn lock(_: &File, _: bool) -> Result<(), Refused> {
     Ok(())
 }
 
-/// Who holds a lock on the file, as far as this system tells.
+/// Who but `file` itself holds a lock on the file at the path, as far as this system tells.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn holder(_: &std::path::Path) -> Option<String> {
+pub(super) fn holder(_: &File, _: &std::path::Path) -> Option<String> {
     None
 }
 
@@ -63,6 +63,7 @@ fn flock(file: &File, exclusive: bool) -> Result<(), Refused> {
 mod linux {
     use std::fs::{self, File};
     use std::io;
+    use std::ops::Range;
     use std::os::fd::AsRawFd;
     use std::path::Path;
 
@@ -72,8 +73,14 @@ mod linux {
     const HELD: i64 = 100;
     const NOT_SHARED: i64 = 200;
 
-    /// Locks `file`, exclusively or shared, without waiting.
+    /// Locks `file`, exclusively or shared, without waiting. A refused one holds nothing.
     pub(in super::super) fn lock(file: &File, exclusive: bool) -> Result<(), Refused> {
+        try_lock(file, exclusive).inspect_err(|_| {
+            let _ = ofd(file, libc::F_OFD_SETLK, libc::F_UNLCK, 0..NOT_SHARED + 4);
+        })
+    }
+
+    fn try_lock(file: &File, exclusive: bool) -> Result<(), Refused> {
         let (held, not_shared): (&[i64], &[i64]) = match exclusive {
             true => (&[0, 1, 2, 3], &[0, 1, 2, 3]),
             // Others may read, and write what is there already.
@@ -109,12 +116,16 @@ mod linux {
     }
 
     fn take(file: &File, byte: i64, exclusive: bool) -> io::Result<()> {
-        ofd(file, libc::F_OFD_SETLK, byte, exclusive).map(drop)
+        let kind = match exclusive {
+            true => libc::F_WRLCK,
+            false => libc::F_RDLCK,
+        };
+        ofd(file, libc::F_OFD_SETLK, kind, byte..byte + 1).map(drop)
     }
 
     /// Refused if anybody else holds even a shared lock on `byte`.
     fn is_free(file: &File, byte: i64) -> Result<(), Refused> {
-        match ofd(file, libc::F_OFD_GETLK, byte, true) {
+        match ofd(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte..byte + 1) {
             Ok(found) if found == libc::F_UNLCK as libc::c_short => Ok(()),
             Ok(_) => Err(Refused::Busy),
             Err(error) => refused(Err(error)),
@@ -126,18 +137,15 @@ mod linux {
     fn ofd(
         file: &File,
         command: libc::c_int,
-        byte: i64,
-        exclusive: bool,
+        kind: libc::c_int,
+        bytes: Range<i64>,
     ) -> io::Result<libc::c_short> {
         // SAFETY: `flock` consists of integers, for which all zeroes is a value; OFD locks demand `l_pid` 0.
         let mut range: libc::flock = unsafe { std::mem::zeroed() };
-        range.l_type = match exclusive {
-            true => libc::F_WRLCK as libc::c_short,
-            false => libc::F_RDLCK as libc::c_short,
-        };
+        range.l_type = kind as libc::c_short;
         range.l_whence = libc::SEEK_SET as libc::c_short;
-        range.l_start = byte;
-        range.l_len = 1;
+        range.l_start = bytes.start;
+        range.l_len = bytes.end - bytes.start;
         loop {
             // SAFETY: the descriptor is open, and both commands take a `struct flock`, which `range` is.
             let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut range) };
@@ -153,13 +161,17 @@ mod linux {
 
     /// The commands take another struct there: `flock` serves.
     #[cfg(not(target_pointer_width = "64"))]
-    fn ofd(_: &File, _: libc::c_int, _: i64, _: bool) -> io::Result<libc::c_short> {
+    fn ofd(_: &File, _: libc::c_int, _: libc::c_int, _: Range<i64>) -> io::Result<libc::c_short> {
         Err(io::ErrorKind::InvalidInput.into())
     }
 
-    /// The process that holds a lock on the file at `path`: the kernel names the owners of OFD locks only
+    /// The process that holds a lock on the file at `path` by another handle than `file`: the kernel names the owners of OFD locks only
     /// in each process's own list of open files, which root sees all of, others their own.
-    pub(in super::super) fn holder(path: &Path) -> Option<String> {
+    pub(in super::super) fn holder(file: &File, path: &Path) -> Option<String> {
+        let own = Path::new("/proc")
+            .join(std::process::id().to_string())
+            .join("fd")
+            .join(file.as_raw_fd().to_string());
         let path = path.canonicalize().ok()?;
         for process in fs::read_dir("/proc").ok()?.flatten() {
             let name = process.file_name();
@@ -170,7 +182,8 @@ mod linux {
                 continue;
             };
             for open_file in open_files.flatten() {
-                if fs::read_link(open_file.path()).is_ok_and(|target| target == path)
+                if open_file.path() != own
+                    && fs::read_link(open_file.path()).is_ok_and(|target| target == path)
                     && fs::read_to_string(process.path().join("fdinfo").join(open_file.file_name()))
                         .is_ok_and(|info| info.contains("lock:"))
                 {

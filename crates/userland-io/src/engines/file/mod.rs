@@ -23,6 +23,8 @@ mod blockdev;
 #[cfg(target_os = "linux")]
 mod direct;
 mod extents;
+#[cfg(all(test, target_os = "linux"))]
+mod faults;
 mod image;
 mod lock;
 mod open;

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::File;
 use super::image::{Buffers, Image, Lacks};
@@ -92,6 +94,9 @@ impl IntoFuture for OpenFile {
     }
 }
 
+/// How long a busy file or device is tried for.
+const PATIENCE: Duration = Duration::from_millis(250);
+
 /// What is at the path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -113,10 +118,11 @@ impl OpenFile {
             return Err(self.refuse(ErrorKind::Invalid, "no disk is longer than 2^63 - 1 bytes"));
         }
         let opened = self.open_file()?;
+        self.lock(&opened.file)?;
         let created = opened.created;
         let image = self.prepare(opened, calls);
         if image.is_err() && created {
-            // Half-made by this call: the next may try again.
+            // Half-made, and nobody else's: the next may try again.
             let _ = fs::remove_file(&self.path);
         }
         image
@@ -129,9 +135,8 @@ impl OpenFile {
             Err(error) => return Err(self.failed("cannot be opened", error)),
         };
         let kind = self.kind(&known)?;
-        let file = self
-            .options(kind, &known)?
-            .open(&self.path)
+        let options = self.options(kind, &known)?;
+        let file = patiently(is_busy, || options.open(&self.path))
             .map_err(|error| self.not_opened(kind, &known, error))?;
         // The path may lead elsewhere by now.
         let metadata = self.metadata(&file)?;
@@ -191,7 +196,6 @@ impl OpenFile {
             kind,
             created,
         } = opened;
-        self.lock(&file)?;
         if let (true, Some(size)) = (created, self.size) {
             self.grow(&file, size)?;
         }
@@ -229,9 +233,11 @@ impl OpenFile {
     }
 
     fn lock(&self, file: &fs::File) -> Result {
-        lock::lock(file, !self.read_only).map_err(|refused| match refused {
+        let is_busy = |refused: &Refused| matches!(refused, Refused::Busy);
+        let locked = patiently(is_busy, || lock::lock(file, !self.read_only));
+        locked.map_err(|refused| match refused {
             Refused::Busy => {
-                let holder = lock::holder(&self.path);
+                let holder = lock::holder(file, &self.path);
                 let holder = holder.as_deref().unwrap_or("another program");
                 let advice = match self.read_only {
                     true => "stop that first",
@@ -307,8 +313,7 @@ impl OpenFile {
     }
 
     fn not_opened(&self, _: Kind, _: &Metadata, error: io::Error) -> Error {
-        // ERROR_SHARING_VIOLATION
-        if cfg!(windows) && error.raw_os_error() == Some(32) {
+        if is_busy(&error) {
             let text = "is in use by another program: stop that first";
             return self.refuse(ErrorKind::Io, text);
         }
@@ -353,8 +358,9 @@ impl OpenFile {
         }
         if self.read_only {
             // Readers share a device, so none has it for itself; but none may come beside a mount.
-            let mine = sys::open_options(false, false, true).open(&self.path);
-            mine.map_err(|error| self.not_opened(kind, metadata, error))?;
+            let alone = sys::open_options(false, false, true);
+            let alone = patiently(is_busy, || alone.open(&self.path));
+            alone.map_err(|error| self.not_opened(kind, metadata, error))?;
         }
         Ok(sys::open_options(
             !self.read_only,
@@ -468,6 +474,30 @@ impl OpenFile {
         }
         sys::advise_random(&file);
         Ok(file)
+    }
+}
+
+/// Opened by somebody who shares it with nobody: `EBUSY`, or Windows' ERROR_SHARING_VIOLATION.
+fn is_busy(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ResourceBusy
+        || (cfg!(windows) && error.raw_os_error() == Some(32))
+}
+
+/// Tries again for a moment while busy: a process that has ended may not have let go yet, one that is being
+/// started holds copies of its parent's handles until it runs its program, and two who come at once may have
+/// refused each other.
+fn patiently<T, E>(
+    is_busy: impl Fn(&E) -> bool,
+    mut attempt: impl FnMut() -> std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
+    let start = Instant::now();
+    loop {
+        match attempt() {
+            Err(error) if is_busy(&error) && start.elapsed() < PATIENCE => {
+                thread::sleep(Duration::from_millis(fastrand::u64(1..20)));
+            }
+            other => return other,
+        }
     }
 }
 
