@@ -80,7 +80,6 @@ enum Reason {
     Unaligned { minimum: u32 },
     TooLong { length: u64, maximum: u32 },
     FlushRange,
-    NoPayload,
     NoContexts,
     EmptyStatus,
     StatusPayload(u64),
@@ -100,10 +99,10 @@ impl Reason {
 
 /// How many bytes follow the header.
 pub(super) fn payload_length(header: &wire::Request, mode: ReplyMode) -> u64 {
-    let carries = match mode {
-        ReplyMode::Simple | ReplyMode::Structured => header.command == cmd::WRITE,
-        ReplyMode::Extended => header.flags.contains(CommandFlags::PAYLOAD_LEN),
-    };
+    let extended = mode == ReplyMode::Extended;
+    let flagged = extended && header.flags.contains(CommandFlags::PAYLOAD_LEN);
+    // An extended WRITE has to carry the flag, but QEMU's (10.0) does not, and has its payload all the same.
+    let carries = header.command == cmd::WRITE || flagged;
     if carries { header.length } else { 0 }
 }
 
@@ -252,9 +251,6 @@ fn check_flags(
     {
         return Err(Reason::FlagNotOffered("PAYLOAD_LEN").refuse(error::EINVAL));
     }
-    if extended && header.command == cmd::WRITE && !flags.contains(payload) {
-        return Err(Reason::NoPayload.refuse(error::EINVAL));
-    }
     Ok(())
 }
 
@@ -353,7 +349,6 @@ impl fmt::Display for Refusal {
                 write!(f, "{length} bytes at once are more than {maximum}")
             }
             Reason::FlushRange => write!(f, "FLUSH takes offset 0 and length 0"),
-            Reason::NoPayload => write!(f, "an extended WRITE needs the flag PAYLOAD_LEN"),
             Reason::NoContexts => write!(f, "no metadata context was negotiated"),
             Reason::EmptyStatus => write!(f, "the status of no bytes cannot be told"),
             Reason::StatusPayload(length) => write!(
