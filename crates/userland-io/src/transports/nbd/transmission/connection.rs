@@ -23,7 +23,7 @@ use super::input::{self, Input};
 use super::output::Output;
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
-use super::request::{self, Command, Request};
+use super::request::{self, Command, Refusal, Request, Tag};
 use super::status;
 use crate::{Features, Slots};
 
@@ -84,8 +84,13 @@ enum Phase {
         filled: usize,
         charge: usize,
     },
-    /// So many bytes that nobody wants.
-    Refused(u64),
+    /// So many bytes that nobody wants, and then the refusal: a client may not look for a reply to
+    /// what it is still sending.
+    Refused {
+        left: u64,
+        tag: Tag,
+        refusal: Refusal,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,13 +248,15 @@ where
                 break Wants::Nothing;
             }
             match &mut self.phase {
-                Phase::Refused(left) => {
+                Phase::Refused { left, tag, refusal } => {
                     let here = self.input.bytes().len();
                     self.input.consume(usize::try_from(*left).unwrap_or(here));
                     *left = left.saturating_sub(here as u64);
                     if *left > 0 {
                         break Wants::Input;
                     }
+                    self.replies
+                        .error(&mut self.output, *tag, refusal.error, refusal.at, refusal);
                     self.phase = Phase::Header;
                 }
                 Phase::Payload { buffer, filled, .. } => {
@@ -316,14 +323,17 @@ where
             Err(refusal) => {
                 self.input.consume(header_length);
                 let tag = (&header).into();
+                if payload > 0 && payload <= self.limits.max_payload_drain {
+                    let left = payload;
+                    self.phase = Phase::Refused { left, tag, refusal };
+                    return Poll::Ready(());
+                }
                 self.replies
                     .error(&mut self.output, tag, refusal.error, refusal.at, &refusal);
-                if payload > self.limits.max_payload_drain {
+                if payload > 0 {
                     let error = format!("a refused payload of {payload} bytes");
                     self.result = Err(io::Error::new(io::ErrorKind::InvalidData, error));
                     self.leave(Farewell::Patient);
-                } else if payload > 0 {
-                    self.phase = Phase::Refused(payload);
                 }
                 return Poll::Ready(());
             }
