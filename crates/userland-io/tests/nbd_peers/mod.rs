@@ -265,6 +265,15 @@ impl FakeConn {
         Some((request, payload))
     }
 
+    /// True if the client says nothing for a while.
+    pub async fn is_quiet(&self) -> bool {
+        let mut byte = [0];
+        let word = self.stream.peek(&mut byte);
+        tokio::time::timeout(Duration::from_millis(50), word)
+            .await
+            .is_err()
+    }
+
     pub async fn simple(&mut self, request: &Request, error: u32) {
         let reply = SimpleReply {
             error,
