@@ -49,13 +49,14 @@ impl Loss {
 
 impl From<io::Error> for Loss {
     fn from(error: io::Error) -> Self {
-        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+        // Not ConnectionAborted: it may be this machine that lost patience.
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
         match error.kind() {
             UnexpectedEof => Loss {
                 why: "the server closed the connection".to_owned(),
                 kind: LossKind::Ended,
             },
-            ConnectionReset | BrokenPipe | ConnectionAborted => Loss {
+            ConnectionReset | BrokenPipe => Loss {
                 why: format!("the server closed the connection ({error})"),
                 kind: LossKind::Ended,
             },

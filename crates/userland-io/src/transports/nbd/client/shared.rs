@@ -323,16 +323,16 @@ impl Shared {
 
     fn salvage(&self, state: &mut State, op: Arc<Op>, loss: &Loss) {
         let failed = || Error::new(ErrorKind::Io, loss.why.clone());
-        if op.origin == Origin::Replay {
-            op.finish(Err(failed()));
-        } else if loss.kind != LossKind::Ended && op.kind.is_mutation() {
+        // Those of the journal too: told twice, the first could act over what is newer than the second.
+        if loss.kind != LossKind::Ended && op.kind.is_mutation() {
             let why = format!(
                 "{}, with mutations on their way that the server may or may not carry out, at any time",
                 loss.why
             );
             self.settle(state, &op, Err(failed()));
             self.latch(state, why);
-        } else if loss.kind == LossKind::Violation
+        } else if op.origin == Origin::Replay
+            || loss.kind == LossKind::Violation
             || op.is_unwanted() && !op.kind.is_mutation()
             || op.count_try() >= MAX_TRIES
         {
@@ -478,6 +478,8 @@ impl Shared {
                     self.make_room(state, false);
                 }
                 self.ended.notify_waiters();
+                // Whoever waits for room looks again: there is something to flush now.
+                self.budget.freed.notify_waiters();
             }
             _ => {}
         }

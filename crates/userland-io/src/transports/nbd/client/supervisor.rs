@@ -167,6 +167,7 @@ fn serve(
 
 /// Runs until the client is closed or has failed for good.
 pub(super) async fn supervise(shared: Arc<Shared>, plan: Plan, first: Session) {
+    let _last = Last(shared.clone());
     let mut session = Some(first);
     let mut pause = Pause::default();
     loop {
@@ -187,12 +188,8 @@ pub(super) async fn supervise(shared: Arc<Shared>, plan: Plan, first: Session) {
             pause = Pause::default();
         }
         let again = reconnect(&shared, &plan, old, &mut pause);
-        session = tokio::select! {
-            biased;
-            () = shared.closing() => None,
-            again = patiently(&shared, &plan, &why, again) => again,
-        };
-        if session.is_none() {
+        session = patiently(&shared, &plan, &why, again).await;
+        if session.is_none() || shared.is_closing() {
             break;
         }
     }
@@ -201,7 +198,24 @@ pub(super) async fn supervise(shared: Arc<Shared>, plan: Plan, first: Session) {
     {
         let _ = tokio::time::timeout(LAST_REPLIES, session.finish(&shared)).await;
     }
-    shared.end();
+}
+
+/// Ends all requests with the supervisor, also where its runtime is shut down under it.
+struct Last(Arc<Shared>);
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// `None` once the client is being closed.
+async fn unless_closing<T>(shared: &Shared, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        () = shared.closing() => None,
+        done = work => Some(done),
+    }
 }
 
 /// Lets requests fail once `work` has taken too long, and goes on with it.
@@ -216,20 +230,20 @@ async fn patiently<T>(shared: &Shared, plan: &Plan, why: &str, work: impl Future
     work.await
 }
 
-/// A new session in place of `old`; `None` if the client has failed for good.
+/// A new session in place of `old`; `None` if the client is being closed or has failed for good.
 async fn reconnect(
     shared: &Arc<Shared>,
     plan: &Plan,
     old: Session,
     pause: &mut Pause,
 ) -> Option<Session> {
-    old.finish(shared).await;
+    unless_closing(shared, old.finish(shared)).await?;
     loop {
         if let Phase::Failed(_) = shared.phase() {
             return None;
         }
-        pause.wait().await;
-        let (export, streams) = match plan.connect().await {
+        unless_closing(shared, pause.wait()).await?;
+        let (export, streams) = match unless_closing(shared, plan.connect()).await? {
             Ok(connected) => connected,
             Err(error) => {
                 tracing::debug!("{}: {error}", shared.address);
@@ -243,7 +257,16 @@ async fn reconnect(
             return None;
         }
         let session = Session::start(shared, streams);
-        match restore(shared, &session).await {
+        let restored = tokio::select! {
+            biased;
+            restored = restore(shared, &session) => restored,
+            // What is being restored may not act after a close has answered, if the server lets us know.
+            () = async {
+                shared.closing().await;
+                tokio::time::sleep(LAST_REPLIES).await;
+            } => return None,
+        };
+        match restored {
             Ok(()) => {
                 tracing::info!("{}: connected again", shared.address);
                 shared.up(session.conns());
