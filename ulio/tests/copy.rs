@@ -1,7 +1,8 @@
 //! `ulio copy`: sparse, exact, and honest about what it did.
+#![cfg(unix)]
 
 mod common;
-use common::{Ran, Ulio, noise, send};
+use common::{Ran, Server, Ulio, noise, send};
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -24,7 +25,6 @@ fn sparse(ulio: &Ulio, name: &str) -> Vec<u8> {
 }
 
 /// Bytes that the file takes on its disk.
-#[cfg(unix)]
 fn allocated(ulio: &Ulio, name: &str) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let file = File::open(ulio.path(name)).unwrap();
@@ -32,7 +32,6 @@ fn allocated(ulio: &Ulio, name: &str) -> u64 {
     file.metadata().unwrap().blocks() * 512
 }
 
-#[cfg(unix)]
 #[test]
 fn a_sparse_image_stays_sparse_in_a_file_made_for_it() {
     let ulio = Ulio::new();
@@ -137,22 +136,20 @@ fn both_stacks_may_have_layers() {
 }
 
 /// The source is opened read-only, so that one who may only read it can copy it.
-#[cfg(unix)]
 #[test]
 fn a_source_may_be_shared_with_readers() {
     let ulio = Ulio::new();
     ulio.write("a.img", &noise(1 << 20, 2));
-    let server = common::Server::start(&ulio, "serve file:a.img,readonly --listen unix:s", 1);
+    let server = Server::start(&ulio, "serve file:a.img,readonly --listen unix:s", 1);
     ulio.run("copy file:a.img memory:1M").ok();
     server.stop().ok();
 }
 
-#[cfg(unix)]
 #[test]
 fn an_image_in_use_is_refused() {
     let ulio = Ulio::new();
     ulio.write("a.img", &noise(1 << 20, 2));
-    let server = common::Server::start(&ulio, "serve file:a.img --listen unix:s", 1);
+    let server = Server::start(&ulio, "serve file:a.img --listen unix:s", 1);
     ulio.run("copy file:a.img memory:1M")
         .fails(1, &["a.img", "in use"]);
     ulio.run("copy pattern:1M file:a.img")
@@ -252,7 +249,6 @@ fn verify_finds_a_target_that_changed() {
     );
 }
 
-#[cfg(unix)]
 #[test]
 fn a_signal_interrupts_it_and_says_so() {
     let ulio = Ulio::new();
@@ -297,5 +293,31 @@ fn progress_is_told_where_asked_for() {
         "verifying: 100%",
     ] {
         assert!(loud.err.contains(part), "{part}: {loud:#?}");
+    }
+}
+
+#[test]
+fn servers_are_sources_and_targets() {
+    let ulio = Ulio::new();
+    let content = sparse(&ulio, "a.img");
+    let server = Server::start(&ulio, "serve file:disk.img,size=8M --listen unix:s", 1);
+    let uri = &server.uris[0];
+    let ran = ulio.run_all([
+        "copy",
+        "--verify",
+        "file:a.img",
+        &format!("'{uri}',connections=4"),
+    ]);
+    ran.ok();
+    // The server tells its holes, so none of them is sent.
+    assert!(ran.err.contains("0 bytes made zero"), "{ran:#?}");
+    ulio.run_all(["copy", uri, "file:b.img"]).ok();
+    let ended = server.stop();
+    assert_eq!(ended.code, Some(0), "{ended:#?}");
+    assert!(ulio.read("disk.img") == content);
+    assert!(ulio.read("b.img") == content);
+    for name in ["disk.img", "b.img"] {
+        let bytes = allocated(&ulio, name);
+        assert!(bytes < 200_000, "{name}: {bytes}");
     }
 }

@@ -4,7 +4,7 @@ mod common;
 use common::Ulio;
 
 use std::collections::BTreeSet;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use userland_io::stack::Registry;
 
@@ -84,7 +84,7 @@ fn a_full_disk_under_stdout_is_an_error() {
         .write(true)
         .open("/dev/full")
         .unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_ulio"))
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_ulio"))
         .arg("engines")
         .stdout(full)
         .output()

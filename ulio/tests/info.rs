@@ -127,3 +127,78 @@ fn a_fault_while_asking_is_an_error() {
             ],
         );
 }
+
+#[cfg(unix)]
+#[test]
+fn a_servers_uri_shows_its_default_export_and_lists_all() {
+    let ulio = Ulio::new();
+    let arguments = "serve memory:3M --export a=pattern:1M --listen unix:s";
+    let server = common::Server::start(&ulio, arguments, 2);
+    let [default, a] = &server.uris[..] else {
+        panic!("{:?}", server.uris)
+    };
+    let ran = ulio.run(&format!("info {default}"));
+    let out = ran.ok();
+    for part in [
+        "  size        3 MiB (3145728 bytes)\n",
+        "  a crash     keeps what a flush covered\n",
+        "3 MiB hole",
+        &format!("  export      {default}\n"),
+        &format!("  export      {a}\n"),
+        "pattern:1M",
+    ] {
+        assert!(out.contains(part), "{part}: {out}");
+    }
+    let told = json_of(&ulio, &format!("info --json {a}"));
+    assert_eq!(
+        (&told["size"], &told["read_only"]),
+        (&json!(1 << 20), &json!(true))
+    );
+    assert_eq!(told["exports"], Value::Null);
+    let told = json_of(&ulio, &format!("info --json {default}"));
+    assert_eq!(
+        told["exports"][1],
+        json!({ "name": "a", "description": "pattern:1M", "uri": a })
+    );
+    let other = a.replace("/a", "/b");
+    ulio.run(&format!("info {other}"))
+        .fails(1, &["the server has no export \"b\""]);
+    server.stop().ok();
+}
+
+#[cfg(unix)]
+#[test]
+fn a_server_without_a_default_export_lists_what_it_has() {
+    let ulio = Ulio::new();
+    let arguments = "serve --export a=memory:1M --export b=memory:2M --listen unix:s";
+    let server = common::Server::start(&ulio, arguments, 2);
+    let address = server.uris[0].replace("/a", "/");
+    let ran = ulio.run(&format!("info {address}"));
+    let out = ran.ok();
+    assert!(
+        out.contains("no default export") && !out.contains("size"),
+        "{out}"
+    );
+    assert!(server.uris.iter().all(|uri| out.contains(uri)), "{out}");
+    let told = json_of(&ulio, &format!("info --json {address}"));
+    assert_eq!(told["exports"][1]["uri"], json!(server.uris[1]));
+    server.stop().ok();
+}
+
+#[test]
+fn a_server_that_is_not_there_is_asked_after() {
+    let ulio = Ulio::new();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    ulio.run(&format!("info nbd://127.0.0.1:{port}")).fails(
+        1,
+        &[
+            &format!("127.0.0.1:{port}"),
+            "Connection refused",
+            "is the server running?",
+        ],
+    );
+    ulio.run("info nbds://127.0.0.1")
+        .fails_at_length(2, &["TLS is not supported"]);
+}

@@ -1,7 +1,8 @@
 //! `ulio info`: what a disk is, what it claims, and where its data lies.
 
 use serde::Serialize;
-use userland_io::stack::Registry;
+use userland_io::stack::{Item, Plan, Registry};
+use userland_io::transports::nbd::{Client, ConnectError, Uri};
 use userland_io::{
     CrashLevel, Device, Discard, Error, Extent, ExtentKind, Extents, Features, Geometry,
 };
@@ -17,13 +18,107 @@ const RUNS_AT_ONCE: usize = 4096;
 pub(crate) async fn run(arguments: Info, registry: &Registry) -> Result<(), Failure> {
     let plan = registry.parse_args(&arguments.stack)?;
     let name = plan.to_string();
-    let disk = stacks::open(&plan).await?;
-    let told = tell(&disk, &name, &arguments).await;
+    let exports = match server(&plan) {
+        Some(uri) => list(&uri).await?,
+        None => Vec::new(),
+    };
+    let disk = match stacks::open(&plan).await {
+        Ok(disk) => disk,
+        // There is no default export to show; what there is answers the question.
+        Err(_) if !exports.is_empty() && exports.iter().all(|export| !export.name.is_empty()) => {
+            return only_exports(&name, &exports, &arguments);
+        }
+        Err(failure) => return Err(failure),
+    };
+    let told = tell(&disk, &name, &exports, &arguments).await;
     let closed = stacks::close(disk, &name).await;
     told.and(closed)
 }
 
-async fn tell(disk: &Device, name: &str, arguments: &Info) -> Result<(), Failure> {
+/// The server's address, if the stack is that alone, and names no export.
+fn server(plan: &Plan) -> Option<Uri> {
+    let word = plan
+        .words()
+        .iter()
+        .next()
+        .filter(|_| plan.words().len() == 1)?;
+    let is_nbd = plan.options().next()?.entry().name == "nbd";
+    let Item::Bare(text) = word.items.first().filter(|_| is_nbd)? else {
+        return None;
+    };
+    text.text
+        .parse()
+        .ok()
+        .filter(|uri: &Uri| uri.export().is_empty())
+}
+
+/// What a server lists. One that keeps its list to itself has none.
+async fn list(server: &Uri) -> Result<Vec<Listed>, Failure> {
+    let listed = match Client::list(&server.to_string()).await {
+        Ok(listed) => listed,
+        // Once is long enough. Every other reason is told when the disk is opened.
+        Err(error @ ConnectError::Timeout { .. }) => return Err(Failure::of(server, error)),
+        Err(error) => {
+            tracing::debug!(%server, %error, "no list of exports");
+            Vec::new()
+        }
+    };
+    let listed = listed.into_iter().map(|export| Listed {
+        uri: Uri::new(server.address().clone(), &export.name).to_string(),
+        name: export.name,
+        description: export.description,
+    });
+    Ok(listed.collect())
+}
+
+/// An export that a server lists.
+#[derive(Serialize)]
+struct Listed {
+    name: String,
+    description: String,
+    uri: String,
+}
+
+fn only_exports(name: &str, exports: &[Listed], arguments: &Info) -> Result<(), Failure> {
+    let mut results = Results::begin();
+    match arguments.json {
+        true => results.json(&serde_json::json!({ "stack": name, "exports": exports }))?,
+        false => {
+            results.line(name)?;
+            results.line("  there is no default export; name one of these:")?;
+            text_of(exports, &mut results)?;
+        }
+    }
+    results.end()
+}
+
+fn text_of(exports: &[Listed], results: &mut Results) -> Result<(), Failure> {
+    for export in exports {
+        results.line(format_args!("  {:<12}{}", "export", export.uri))?;
+        if !export.description.is_empty() {
+            results.line(format_args!(
+                "  {:<14}{}",
+                "",
+                printable(&export.description)
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+/// What a server says is shown in one line, and moves no cursor.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+async fn tell(
+    disk: &Device,
+    name: &str,
+    exports: &[Listed],
+    arguments: &Info,
+) -> Result<(), Failure> {
     let geometry = disk.geometry();
     let runs = match geometry.features.contains(Features::EXTENTS) {
         true => Some(walk(disk, geometry.size).await.map_err(|error| {
@@ -36,6 +131,7 @@ async fn tell(disk: &Device, name: &str, arguments: &Info) -> Result<(), Failure
         geometry: &geometry,
         contexts: disk.contexts(),
         runs: runs.as_deref(),
+        exports,
     };
     let mut results = Results::begin();
     match arguments.json {
@@ -91,6 +187,7 @@ struct About<'a> {
     geometry: &'a Geometry,
     contexts: Vec<String>,
     runs: Option<&'a [Placed]>,
+    exports: &'a [Listed],
 }
 
 #[derive(Serialize)]
@@ -115,6 +212,8 @@ struct Json<'a> {
     extents: Option<Sums>,
     #[serde(skip_serializing_if = "Option::is_none")]
     map: Option<&'a [Placed]>,
+    #[serde(skip_serializing_if = "<[Listed]>::is_empty")]
+    exports: &'a [Listed],
 }
 
 /// Bytes of each kind.
@@ -159,6 +258,7 @@ impl About<'_> {
             contexts: &self.contexts,
             extents: self.sums(),
             map: self.runs.filter(|_| map),
+            exports: self.exports,
         }
     }
 
@@ -223,7 +323,7 @@ impl About<'_> {
             row("features", features.join(", "))?;
         }
         if !self.contexts.is_empty() {
-            row("contexts", self.contexts.join(", "))?;
+            row("contexts", printable(&self.contexts.join(", ")))?;
         }
         row(
             "allocation",
@@ -239,6 +339,10 @@ impl About<'_> {
                 ),
             },
         )?;
+        // A single one is what is shown already.
+        if self.exports.len() > 1 {
+            text_of(self.exports, results)?;
+        }
         if map {
             results.line("")?;
             results.line(format_args!("{:>20} {:>20}  kind", "offset", "length"))?;

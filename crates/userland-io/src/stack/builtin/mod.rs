@@ -2,9 +2,10 @@
 
 mod engines;
 mod layers;
+mod nbd;
 
 use super::Registry;
 
 pub(super) fn add(registry: Registry) -> Registry {
-    layers::add(engines::add(registry))
+    layers::add(nbd::add(engines::add(registry)))
 }
