@@ -1,0 +1,514 @@
+//! One script against one subject, from the first opening to the last verdict.
+
+use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
+use std::ops::Range;
+use std::pin::Pin;
+use std::task::Poll;
+
+use userland_io::{
+    AnyEngine, Checked, CrashLevel, Discard, Engine, ErrorKind, Extents, Features, Geometry,
+    ReadBuf, Result, WriteBuf, WriteFlags,
+};
+
+use super::Subject;
+use crate::check::{Clause, History, OpId, Request, Shape, Verdict};
+use crate::script::{Abandon, Action, End, Op, Round, Script};
+use crate::sim::{Executor, Keep, SimDisk, Step, World};
+
+/// The longest window that is looked at, in cells.
+const MOST_CELLS: usize = 128;
+
+pub(super) struct Run<'s> {
+    subject: &'s Subject,
+    pub(super) world: World,
+    pub(super) disks: Vec<SimDisk>,
+    pub(super) fronts: Vec<Checked<AnyEngine>>,
+    pub(super) geometry: Geometry,
+    pub(super) history: History,
+    seed: u64,
+    /// Crashes and kills so far.
+    pub(super) crashes: u64,
+}
+
+/// What came of a script.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) verdict: Result<(), Verdict>,
+    pub(super) crashes: u64,
+}
+
+/// Runs a script to its end, or to the first thing that is wrong.
+pub(super) fn run(subject: &Subject, script: &Script) -> Outcome {
+    match Run::begin(subject, script.seed) {
+        Err(verdict) => Outcome {
+            verdict: Err(verdict),
+            crashes: 0,
+        },
+        Ok(mut run) => {
+            let mut rounds = script.rounds.iter();
+            let verdict = rounds.try_for_each(|round| run.round(round));
+            Outcome {
+                verdict,
+                crashes: run.crashes,
+            }
+        }
+    }
+}
+
+impl<'s> Run<'s> {
+    pub(super) fn begin(subject: &'s Subject, seed: u64) -> Result<Self, Verdict> {
+        let world = World::new(seed);
+        let new = |config: &crate::sim::DiskConfig| SimDisk::new(&world, config.clone());
+        let disks: Vec<SimDisk> = subject.disks.iter().map(new).collect();
+        let opened = open(subject, &world, &disks)?;
+        let fronts = opened.ok_or_else(|| Verdict::new(Clause::Operation, "opening never ends"))?;
+        let geometry = fronts[0].geometry();
+        let shape = shape_of(subject, &geometry);
+        let image = read_image(&world, &fronts[0], shape)?;
+        Ok(Run {
+            subject,
+            disks,
+            fronts,
+            geometry,
+            history: History::new(seed, 1, shape, image),
+            seed,
+            crashes: 0,
+            world,
+        })
+    }
+
+    fn round(&mut self, round: &Round) -> Result<(), Verdict> {
+        let stop = match round.end {
+            End::Crash { at, .. } | End::Kill { at } if at != u32::MAX => Some(u64::from(at)),
+            _ => None,
+        };
+        self.act(round, stop)?;
+        match round.end {
+            End::Done => {
+                self.look()?;
+                self.history.check_live()
+            }
+            End::Close => {
+                self.close()?;
+                self.look()?;
+                self.history.check_live()
+            }
+            End::Kill { .. } => {
+                self.kill()?;
+                self.look()?;
+                self.history.check_live()
+            }
+            End::Crash { keep, again, .. } => {
+                self.history.check_live()?;
+                self.crash(keep, again)
+            }
+        }
+    }
+
+    /// Lets the clients work until all have answered, or until event `stop`.
+    pub(super) fn act(&mut self, round: &Round, stop: Option<u64>) -> Result<(), Verdict> {
+        if let Some(fault) = round.fault
+            && let Some(disk) = self.disks.get(usize::from(fault.disk))
+        {
+            disk.fail(disk.calls() + u64::from(fault.call), fault.kind);
+        }
+        let clients = round.actions.iter().map(|a| usize::from(a.client) + 1);
+        let clients = clients.max().unwrap_or(0);
+        let shape = self.history.shape();
+        let first = self.history.next_op();
+        let nothing = History::new(self.seed, 1, Shape { len: 0, ..shape }, Vec::new());
+        let desk = Desk {
+            world: &self.world,
+            geometry: self.geometry,
+            history: RefCell::new(std::mem::replace(&mut self.history, nothing)),
+            complaint: RefCell::new(None),
+            forgot: Cell::new(false),
+            may_fail: round.fault.is_some()
+                || self.subject.disks.iter().any(|d| d.capacity.is_some())
+                || self.disks.iter().any(SimDisk::has_failed),
+        };
+        self.world.stop_after(stop);
+        let mut executor = Executor::new(&self.world);
+        for client in 0..clients {
+            let mine = round.actions.iter();
+            let mine = mine.filter(move |action| usize::from(action.client) == client);
+            let front = &self.fronts[client % self.fronts.len()];
+            executor.spawn(desk.client(front, client, mine));
+        }
+        let end = executor.run();
+        drop(executor);
+        self.world.stop_after(None);
+        for disk in &self.disks {
+            disk.clear_faults();
+        }
+        self.history = desk.history.into_inner();
+        if let Some(complaint) = desk.complaint.into_inner() {
+            return Err(complaint);
+        }
+        self.check_edge()?;
+        if end == Step::Stuck && !desk.forgot.get() {
+            let open = self.history.unanswered(first);
+            let what = format!("the disk is idle, but these never answer: {open}");
+            return Err(Verdict::new(Clause::Operation, what));
+        }
+        Ok(())
+    }
+
+    /// What the layers did to the disks below.
+    fn check_edge(&self) -> Result<(), Verdict> {
+        match self.world.take_breaches().into_iter().next() {
+            Some(breach) => Err(Verdict::new(Clause::Edge, breach)),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads the whole window, as a client.
+    fn look(&mut self) -> Result<(), Verdict> {
+        let shape = self.history.shape();
+        let id = self.history.start(0, Request::Read(0..shape.cells()));
+        match read_image(&self.world, &self.fronts[0], shape) {
+            Ok(image) => self.history.end_read(id, &Ok(image)),
+            // A layer that cannot say what it holds while the disk below refuses to flush must say so.
+            Err(_) if self.disks.iter().any(SimDisk::has_failed) => {
+                self.history.end_read(id, &Err(ErrorKind::Io.into()));
+                self.kill()?;
+                return self.look();
+            }
+            Err(verdict) => return Err(verdict),
+        }
+        self.check_edge()
+    }
+
+    fn close(&mut self) -> Result<(), Verdict> {
+        let id = self.history.start(0, Request::Close);
+        let fronts = &self.fronts;
+        let closing = async {
+            let mut result = Ok(());
+            for front in fronts {
+                result = result.and(front.close().await);
+            }
+            result
+        };
+        let Some(result) = self.world.run(closing) else {
+            return Err(Verdict::new(Clause::Operation, "close never answers"));
+        };
+        self.history.end(id, &result);
+        self.check_edge()?;
+        if result.is_err() {
+            // It promised nothing: whoever opens the disk again has as much as if the process had died.
+            return self.kill();
+        }
+        self.disks = self.disks.iter().map(SimDisk::reopen).collect();
+        self.history.killed();
+        self.reopen()
+    }
+
+    fn kill(&mut self) -> Result<(), Verdict> {
+        self.crashes += 1;
+        self.disks = self.disks.iter().map(SimDisk::kill).collect();
+        if !self.geometry.features.contains(Features::SURVIVES_KILL) {
+            // Then it counts as a crash, after which all that the kernel had was written back.
+            let disks = self.disks.iter();
+            self.disks = disks.map(|disk| disk.crash(Keep::Everything)).collect();
+            let level = self.geometry.crash;
+            self.history.check_live()?;
+            return self.recover(level, None);
+        }
+        self.history.killed();
+        self.reopen()
+    }
+
+    fn reopen(&mut self) -> Result<(), Verdict> {
+        let opened = open(self.subject, &self.world, &self.disks)?;
+        self.fronts =
+            opened.ok_or_else(|| Verdict::new(Clause::Operation, "opening never ends"))?;
+        self.check_edge()
+    }
+
+    fn crash(&mut self, keep: Keep, again: Option<u32>) -> Result<(), Verdict> {
+        self.crashes += 1;
+        self.disks = self.disks.iter().map(|disk| disk.crash(keep)).collect();
+        self.recover(self.geometry.crash, again)
+    }
+
+    /// Opens what a crash left, perhaps after another crash on the way, and judges it.
+    pub(super) fn recover(&mut self, level: CrashLevel, again: Option<u32>) -> Result<(), Verdict> {
+        if let Some(again) = again {
+            self.world.stop_after(Some(u64::from(again)));
+            let opened = open(self.subject, &self.world, &self.disks);
+            let keep = self.any_keep();
+            self.disks = self.disks.iter().map(|disk| disk.crash(keep)).collect();
+            drop(opened?);
+            self.world.stop_after(None);
+        }
+        self.reopen()?;
+        let shape = shape_of(self.subject, &self.fronts[0].geometry());
+        if shape != self.history.shape() {
+            let what = format!(
+                "the disk was {} bytes long, and after the crash it is {}",
+                self.history.shape().len,
+                shape.len
+            );
+            return Err(Verdict::new(Clause::Recovery, what));
+        }
+        let image = read_image(&self.world, &self.fronts[0], shape)?;
+        self.history.check_crash(level, &image)?;
+        if level != CrashLevel::None && self.world.one_in(4) {
+            // Nothing was written since, so nothing may change.
+            self.crashes += 1;
+            let keep = self.any_keep();
+            self.disks = self.disks.iter().map(|disk| disk.crash(keep)).collect();
+            self.reopen()?;
+            let second = read_image(&self.world, &self.fronts[0], shape)?;
+            self.history.check_recovered(&image, &second)?;
+        }
+        self.geometry = self.fronts[0].geometry();
+        self.history = History::new(self.seed, self.history.next_op(), shape, image);
+        self.check_edge()
+    }
+
+    fn any_keep(&self) -> Keep {
+        match self.world.draw(4) {
+            0 => Keep::Nothing,
+            1 => Keep::Everything,
+            2 => Keep::Prefix,
+            _ => Keep::Subset,
+        }
+    }
+
+    /// Opens a copy of the disks as a crash would leave them, and judges that image. The run goes on untouched.
+    pub(super) fn judge_image(&self, disks: Vec<SimDisk>) -> Result<(), Verdict> {
+        let opened = open(self.subject, &self.world, &disks)?;
+        let fronts = opened.ok_or_else(|| Verdict::new(Clause::Operation, "opening never ends"))?;
+        let image = read_image(&self.world, &fronts[0], self.history.shape())?;
+        self.history.check_crash(self.geometry.crash, &image)?;
+        self.check_edge()
+    }
+
+    /// How many events opening a copy of the disks takes.
+    pub(super) fn recovery_events(&self, disks: &[SimDisk]) -> Result<u64, Verdict> {
+        let before = self.world.events();
+        let copies: Vec<SimDisk> = disks.iter().map(|d| d.crash(Keep::Nothing)).collect();
+        drop(open(self.subject, &self.world, &copies)?);
+        Ok(self.world.events() - before)
+    }
+
+    /// Opens the disks, and stops at event `at` of that.
+    pub(super) fn open_until(&self, disks: &[SimDisk], at: u64) {
+        self.world.stop_after(Some(at));
+        drop(open(self.subject, &self.world, disks));
+        self.world.stop_after(None);
+    }
+}
+
+type Fronts = Vec<Checked<AnyEngine>>;
+
+/// Opens the stack. `None`: the world stopped on the way.
+fn open(subject: &Subject, world: &World, disks: &[SimDisk]) -> Result<Option<Fronts>, Verdict> {
+    match world.run((subject.open)(disks.to_vec())) {
+        None => Ok(None),
+        Some(Ok(fronts)) if fronts.is_empty() => {
+            let what = "the subject was opened as no engine at all";
+            Err(Verdict::new(Clause::Operation, what))
+        }
+        Some(Ok(fronts)) => Ok(Some(fronts)),
+        Some(Err(error)) => {
+            let what = format!("the disk cannot be opened: {error}");
+            Err(Verdict::new(Clause::Operation, what))
+        }
+    }
+}
+
+fn shape_of(subject: &Subject, geometry: &Geometry) -> Shape {
+    let block = geometry.logical_block_size as usize;
+    let cell = subject.cell.unwrap_or(block.max(32));
+    let len = geometry.size.min((cell * MOST_CELLS) as u64) as usize;
+    Shape {
+        cell,
+        len,
+        whole: block.is_multiple_of(cell),
+        atomic_reads: geometry.features.contains(Features::ATOMIC_READS),
+        atomic_cells: geometry.atomic_write_unit as usize / cell,
+    }
+}
+
+fn read_image(world: &World, front: &Checked<AnyEngine>, shape: Shape) -> Result<Vec<u8>, Verdict> {
+    // What a read leaves alone must not pass for content.
+    let mut image = vec![0xdb; shape.len];
+    let mut buf = ReadBuf::new(&mut image);
+    match world.run(front.read(&mut buf, 0)) {
+        Some(Ok(())) => Ok(image),
+        Some(Err(error)) => {
+            let what = format!("the disk cannot be read after it was opened: {error}");
+            Err(Verdict::new(Clause::Operation, what))
+        }
+        None => Err(Verdict::new(Clause::Operation, "a read never answers")),
+    }
+}
+
+/// Where the clients of a round meet.
+struct Desk<'a> {
+    world: &'a World,
+    geometry: Geometry,
+    history: RefCell<History>,
+    complaint: RefCell<Option<Verdict>>,
+    forgot: Cell<bool>,
+    may_fail: bool,
+}
+
+impl Desk<'_> {
+    async fn client<'a>(
+        &self,
+        front: &Checked<AnyEngine>,
+        client: usize,
+        actions: impl Iterator<Item = &'a Action>,
+    ) {
+        for action in actions {
+            let Some(request) = self.request(action.op) else {
+                continue;
+            };
+            let id = self.history.borrow_mut().start(client, request.clone());
+            let work = self.work(front, id, request);
+            match action.abandon {
+                None => work.await,
+                Some(abandon) => self.give_up(id, work, abandon).await,
+            }
+            self.world.pause().await;
+        }
+    }
+
+    /// Polls `work` so often, and then no more.
+    async fn give_up(&self, id: OpId, work: impl Future<Output = ()>, abandon: Abandon) {
+        let mut work: Pin<Box<dyn Future<Output = ()> + '_>> = Box::pin(work);
+        let mut polls = abandon.polls;
+        let answered = poll_fn(|cx| {
+            if polls == 0 {
+                return Poll::Ready(false);
+            }
+            polls -= 1;
+            match work.as_mut().poll(cx) {
+                Poll::Ready(()) => Poll::Ready(true),
+                Poll::Pending => {
+                    // Nobody else may ever wake what is about to be given up.
+                    cx.waker().wake_by_ref();
+                    Poll::Pending
+                }
+            }
+        });
+        if answered.await {
+            return;
+        }
+        self.history.borrow_mut().abandon(id);
+        if abandon.forget {
+            std::mem::forget(work);
+            self.forgot.set(true);
+            self.world.note_forgotten();
+        }
+    }
+
+    /// What an operation of a script is on this disk, if it has it.
+    fn request(&self, op: Op) -> Option<Request> {
+        let cells = self.history.borrow().shape().cells();
+        let place = |at: u16, len: u16| -> Range<usize> {
+            let at = usize::from(at) % cells.max(1);
+            at..(at + usize::from(len).max(1)).min(cells)
+        };
+        let read_only = self.geometry.is_read_only();
+        let request = match op {
+            Op::Read(at, len) => Request::Read(place(at, len)),
+            Op::Extents(at, len) => Request::Extents(place(at, len)),
+            Op::Flush => Request::Flush,
+            _ if read_only => return None,
+            Op::Write(at, len, flags) => Request::Write(place(at, len), flags & WriteFlags::FUA),
+            Op::Zeroes(at, len, flags) => Request::Zeroes(place(at, len), flags),
+            Op::Discard(..) if self.geometry.discard == Discard::None => return None,
+            Op::Discard(at, len) => self.discard(place(at, len)),
+        };
+        Some(request)
+    }
+
+    /// A discard's edges are trimmed to whole granules, of which the last may be short.
+    fn discard(&self, cells: Range<usize>) -> Request {
+        let shape = self.history.borrow().shape();
+        let bytes = shape.bytes(cells);
+        let granule = self.geometry.discard_granule() as usize;
+        let start = bytes.start.next_multiple_of(granule);
+        let end = match bytes.end as u64 == self.geometry.size {
+            true => bytes.end,
+            false => bytes.end - bytes.end % granule,
+        };
+        let inner = match start < end {
+            true => start.div_ceil(shape.cell)..(end / shape.cell).max(start.div_ceil(shape.cell)),
+            false => 0..0,
+        };
+        let inner = match end == shape.len && start < end {
+            true => inner.start..shape.cells(),
+            false => inner,
+        };
+        // Exactly the granules: the edges are no business of the discard's.
+        let touched = match start < end {
+            true => start / shape.cell..end.div_ceil(shape.cell),
+            false => 0..0,
+        };
+        Request::Discard(touched, inner, self.geometry.discard)
+    }
+
+    /// Does the request, and notes what came of it.
+    async fn work(&self, front: &Checked<AnyEngine>, id: OpId, request: Request) {
+        let shape = self.history.borrow().shape();
+        let bytes = shape.bytes(request.cells());
+        let offset = bytes.start as u64;
+        let range = offset..bytes.end as u64;
+        let mut allowed = false;
+        let result = match &request {
+            Request::Read(_) => {
+                let mut memory = vec![0xdb; bytes.len()];
+                let result = front.read(&mut ReadBuf::new(&mut memory), offset).await;
+                self.complain(id, &result, false);
+                let result = result.map(|()| memory);
+                return self.history.borrow_mut().end_read(id, &result);
+            }
+            Request::Extents(_) => {
+                let mut out = Extents::new(16);
+                let result = front.extents(range.clone(), &mut out).await;
+                self.complain(id, &result, false);
+                if result.is_ok() && (out.covered() == 0 || out.covered() > range.end - offset) {
+                    let what = format!(
+                        "the extents of {range:?} cover {} bytes: {out:?}",
+                        out.covered()
+                    );
+                    self.note(Verdict::new(Clause::Operation, what));
+                }
+                let result = result.map(|()| out);
+                return self.history.borrow_mut().end_extents(id, &result);
+            }
+            Request::Write(_, flags) => {
+                let content = self.history.borrow().content(id);
+                front.write(&WriteBuf::new(&content), offset, *flags).await
+            }
+            Request::Zeroes(_, flags) => {
+                allowed = flags.contains(WriteFlags::FAST_ONLY);
+                front.write_zeroes(range, *flags).await
+            }
+            Request::Discard(..) => front.discard(range).await,
+            Request::Flush | Request::Close => front.flush().await,
+        };
+        self.complain(id, &result, allowed);
+        self.history.borrow_mut().end(id, &result);
+    }
+
+    /// An error for which nothing below gave a reason.
+    fn complain(&self, id: OpId, result: &Result, unsupported_allowed: bool) {
+        let Err(error) = result else { return };
+        let refused = unsupported_allowed && error.kind() == ErrorKind::Unsupported;
+        if !self.may_fail && !refused {
+            let what = format!("#{id} failed, though nothing below it did: {error}");
+            self.note(Verdict::new(Clause::Operation, what));
+        }
+    }
+
+    fn note(&self, verdict: Verdict) {
+        self.complaint.borrow_mut().get_or_insert(verdict);
+    }
+}

@@ -1,0 +1,89 @@
+//! What is put to the test: how to make a stack over simulated disks.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+
+use userland_io::{AnyEngine, Checked, Engine, Result};
+
+use crate::sim::{DiskConfig, SimDisk};
+
+type Opening = Pin<Box<dyn Future<Output = Result<Vec<Checked<AnyEngine>>>>>>;
+
+/// A stack under test: the disks below it, and how it is opened over them.
+///
+/// It is opened on blank disks first and again after every crash, so opening must create what is
+/// not there and recover what is.
+pub struct Subject {
+    pub(super) name: String,
+    pub(super) disks: Vec<DiskConfig>,
+    pub(super) open: Box<dyn Fn(Vec<SimDisk>) -> Opening + Send + Sync>,
+    pub(super) cell: Option<usize>,
+}
+
+impl Subject {
+    /// An engine over one disk.
+    pub fn new<E: Engine, F>(
+        name: impl Into<String>,
+        disk: DiskConfig,
+        open: impl Fn(SimDisk) -> F + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Result<E>> + 'static,
+    {
+        Self::over(name, vec![disk], move |mut disks| {
+            let engine = open(disks.remove(0));
+            async move { Ok(vec![AnyEngine::new(engine.await?)]) }
+        })
+    }
+
+    /// Any number of disks below, and any number of ways to the same stack above (connections, queues): the clients
+    /// of a script take turns among them.
+    pub fn over<F>(
+        name: impl Into<String>,
+        disks: Vec<DiskConfig>,
+        open: impl Fn(Vec<SimDisk>) -> F + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Result<Vec<AnyEngine>>> + 'static,
+    {
+        Subject {
+            name: name.into(),
+            disks,
+            open: Box::new(move |disks| {
+                let engines = open(disks);
+                Box::pin(async move {
+                    let checked = |engine| Ok(Checked::new(engine)?);
+                    engines.await?.into_iter().map(checked).collect()
+                })
+            }),
+            cell: None,
+        }
+    }
+
+    /// Works in blocks of `bytes` instead of the logical block size. Smaller: the edge must read, modify and write.
+    #[must_use]
+    pub fn cell(mut self, bytes: usize) -> Self {
+        self.cell = Some(bytes.max(1));
+        self
+    }
+
+    /// Changes what its disks are like.
+    pub fn each_disk(&mut self, change: impl FnMut(&mut DiskConfig)) {
+        self.disks.iter_mut().for_each(change);
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl fmt::Debug for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subject")
+            .field("name", &self.name)
+            .field("disks", &self.disks)
+            .finish_non_exhaustive()
+    }
+}
