@@ -5,8 +5,8 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -561,6 +561,49 @@ async fn a_dropped_handle_does_not_wait_for_what_is_in_flight() {
     let mut client = reader(&path, &engine).await;
     drop(server);
     until_closed(&mut client).await;
+}
+
+/// What is logged on this thread while the guard lives.
+fn log() -> (Arc<Mutex<Vec<u8>>>, tracing::subscriber::DefaultGuard) {
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+    impl std::io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let log = Log::default();
+    let bytes = log.0.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_writer(move || log.clone())
+        .with_ansi(false);
+    (bytes, tracing::subscriber::set_default(subscriber.finish()))
+}
+
+#[tokio::test]
+async fn off_loopback_and_dropped_servers_are_warned_of() {
+    let (log, _guard) = log();
+    let taken = || String::from_utf8(std::mem::take(&mut *log.lock().unwrap())).unwrap();
+    let server = bind("127.0.0.1:0").await.unwrap();
+    assert_eq!(taken(), "");
+    server.shutdown().await.unwrap();
+    assert_eq!(taken(), "");
+    let server = bind("0.0.0.0:0").await.unwrap();
+    let text = taken();
+    assert!(
+        text.contains("WARN") && text.contains("neither encryption nor authentication"),
+        "{text}"
+    );
+    drop(server);
+    let text = taken();
+    assert!(
+        text.contains("WARN") && text.contains("without shutdown()"),
+        "{text}"
+    );
 }
 
 #[tokio::test]

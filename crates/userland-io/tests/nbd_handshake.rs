@@ -760,6 +760,29 @@ async fn a_single_export_also_answers_to_the_empty_name() {
 }
 
 #[tokio::test]
+async fn the_largest_request_is_never_less_than_every_client_may_send() {
+    for (wish, told) in [(1, 32 << 20), (100 << 20, 100 << 20)] {
+        let mut limits = Limits::default();
+        limits.max_request = wish;
+        let (server, port) = serve(limits).await;
+        let mut stream = connect(port).await;
+        let client = Client::new().option(opt::INFO, &request("only", &[info::BLOCK_SIZE]));
+        stream
+            .write_all(&client.option(opt::ABORT, b"").0)
+            .await
+            .unwrap();
+        let (replies, _) = parse_replies(&read_all(&mut stream).await);
+        let sizes = replies
+            .iter()
+            .find(|reply| reply.data.starts_with(&[0, 3]))
+            .unwrap();
+        let sizes = BlockSizes::decode(sizes.data[2..].try_into().unwrap());
+        assert_eq!(sizes.maximum, told);
+        server.shutdown().await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_handshake_may_come_byte_by_byte() {
     let (server, port) = serve(Limits::default()).await;
     let client = Client::new()

@@ -101,10 +101,10 @@ impl Server {
         self
     }
 
-    /// Begins to serve at `addresses`, on the runtime of the caller. Each is one of
+    /// Begins to serve at `addresses`, on the caller's tokio runtime (with I/O and time). Each is one of
     ///
     /// * `nbd://host:port`, `host:port`, `[v6]:port`: TCP; port 0 is any free one, a missing host
-    ///   (`nbd://`, `nbd://:10810`) both loopback addresses, a missing port 10809;
+    ///   (`nbd://`, `nbd://:10810`), like `localhost`, both loopback addresses, a missing port 10809;
     /// * `nbd+unix:///?socket=/path`, `unix:/path`: a Unix socket; one that a dead server left there is replaced;
     /// * `systemd:` or `systemd:name`: the sockets that a service manager has passed to this process.
     ///

@@ -17,7 +17,8 @@ const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
 
 /// All addresses of `host`, or both loopbacks if it is empty.
 pub(super) async fn bind(host: &str, port: u16) -> Result<Vec<Listener>, String> {
-    if host.is_empty() {
+    // What a resolver makes of "localhost" differs; what is meant does not.
+    if host.is_empty() || host.eq_ignore_ascii_case("localhost") {
         return loopback(port);
     }
     let shown = Address::Tcp {
@@ -37,10 +38,22 @@ pub(super) async fn bind(host: &str, port: u16) -> Result<Vec<Listener>, String>
         return Err(format!("cannot listen on {shown}: the name has no address"));
     }
     let mut listeners = Vec::new();
+    let several = addresses.len() > 1;
+    let mut absent = String::new();
     for address in addresses {
-        listeners.push(listen(address).map_err(|error| explain(&address, &error))?);
+        match listen(address) {
+            Ok(listener) => listeners.push(listener),
+            // A name may stand for addresses of a family that this machine does without.
+            Err(error) if several && is_absent(address.ip(), &error) => {
+                absent = explain(&address, &error);
+            }
+            Err(error) => return Err(explain(&address, &error)),
+        }
     }
-    Ok(listeners)
+    match listeners.is_empty() {
+        true => Err(absent),
+        false => Ok(listeners),
+    }
 }
 
 /// Both loopback addresses on one port; one of them where the machine has no other.
@@ -142,5 +155,42 @@ pub(super) fn tune(stream: &TcpStream) {
         .and_then(|()| SockRef::from(stream).set_tcp_keepalive(&keepalive));
     if let Err(error) = tuned {
         tracing::debug!(%error, "socket options were refused");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transports::nbd::socket::Stream;
+
+    #[tokio::test]
+    async fn connections_answer_at_once_and_notice_dead_peers() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let Address::Tcp { port, .. } = listener.address else {
+            panic!("not TCP");
+        };
+        let _client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let accepted = std::future::poll_fn(|cx| listener.poll_accept(cx)).await;
+        let Ok((Stream::Tcp(stream), _)) = accepted else {
+            panic!("not TCP");
+        };
+        assert!(stream.nodelay().unwrap());
+        assert!(SockRef::from(&stream).keepalive().unwrap());
+    }
+
+    #[tokio::test]
+    async fn localhost_is_both_loopbacks() {
+        let hosts = |listeners: Vec<Listener>| -> Vec<String> {
+            let addresses = listeners.into_iter().map(|listener| listener.address);
+            addresses
+                .map(|address| match address {
+                    Address::Tcp { host, .. } => host,
+                    Address::Unix(_) => panic!("not TCP"),
+                })
+                .collect()
+        };
+        let named = hosts(bind("LocalHost", 0).await.unwrap());
+        assert_eq!(named, hosts(bind("", 0).await.unwrap()));
+        assert_eq!(named[0], "127.0.0.1");
     }
 }

@@ -76,8 +76,15 @@ pub(super) async fn bind(path: &Path, mode: u32) -> Result<Listener, String> {
 
 /// Takes a socket that somebody else has bound; its path stays.
 pub(super) fn from_socket(socket: Socket) -> io::Result<Listener> {
-    let path = socket.local_addr()?;
-    let path = path.as_pathname().unwrap_or(Path::new("")).to_owned();
+    let address = socket.local_addr()?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    if let Some(name) = address.as_abstract_namespace() {
+        use std::os::unix::ffi::OsStringExt;
+        let path = [b"\0", name].concat();
+        let path = PathBuf::from(std::ffi::OsString::from_vec(path));
+        return listener(socket, &path, None);
+    }
+    let path = address.as_pathname().unwrap_or(Path::new("")).to_owned();
     listener(socket, &path, None)
 }
 
