@@ -22,10 +22,10 @@ impl Failure {
     pub(crate) fn report(self) -> ExitCode {
         let (text, code) = match self {
             Failure::Usage(text) => (text, 2),
-            Failure::Failed(text) => (one_line(&text), 1),
+            Failure::Failed(text) => (output::one_line(&text), 1),
             Failure::OutputGone => return ExitCode::SUCCESS,
         };
-        output::note(&format!("error: {text}"));
+        output::note(&format!("error: {}", output::printable(&text)));
         ExitCode::from(code)
     }
 
@@ -46,9 +46,4 @@ impl From<StackError> for Failure {
             false => Failure::Failed(error.to_string()),
         }
     }
-}
-
-fn one_line(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().map(str::trim).collect();
-    lines.join(" ")
 }

@@ -52,6 +52,18 @@ pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
+/// `text` without what would move a terminal's cursor: it may come from a server or a file's name. Lines stay.
+pub(crate) fn printable(text: &str) -> String {
+    let shown = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
+    text.chars().map(shown).collect()
+}
+
+/// Likewise, and all in one line.
+pub(crate) fn one_line(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    printable(&lines.join(" "))
+}
+
 /// A length as a person says it: `1.5 GiB`, `4 KiB`, `12 bytes`.
 pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -75,6 +87,11 @@ pub(crate) fn size(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_moves_the_cursor() {
+        assert_eq!(printable("a\x1b[2Jb\nc\r"), "a?[2Jb\nc?");
+    }
 
     #[test]
     fn sizes_read_well() {

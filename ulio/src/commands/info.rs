@@ -9,7 +9,7 @@ use userland_io::{
 
 use crate::cli::Info;
 use crate::errors::Failure;
-use crate::output::{Results, size};
+use crate::output::{Results, one_line, size};
 use crate::stacks;
 
 /// How many runs are asked for at once.
@@ -99,18 +99,11 @@ fn text_of(exports: &[Listed], results: &mut Results) -> Result<(), Failure> {
             results.line(format_args!(
                 "  {:<14}{}",
                 "",
-                printable(&export.description)
+                one_line(&export.description)
             ))?;
         }
     }
     Ok(())
-}
-
-/// What a server says is shown in one line, and moves no cursor.
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
 }
 
 async fn tell(
@@ -286,7 +279,10 @@ impl About<'_> {
         let mut row = |label: &str, text: String| results.line(format_args!("  {label:<12}{text}"));
         row(
             "size",
-            format!("{} ({} bytes)", size(geometry.size), geometry.size),
+            match geometry.size {
+                bytes @ ..1024 => size(bytes),
+                bytes => format!("{} ({bytes} bytes)", size(bytes)),
+            },
         )?;
         row(
             "access",
@@ -323,7 +319,7 @@ impl About<'_> {
             row("features", features.join(", "))?;
         }
         if !self.contexts.is_empty() {
-            row("contexts", printable(&self.contexts.join(", ")))?;
+            row("contexts", one_line(&self.contexts.join(", ")))?;
         }
         row(
             "allocation",

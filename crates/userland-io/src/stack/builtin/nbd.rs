@@ -69,6 +69,7 @@ async fn open(options: crate::stack::Options) -> Result<crate::AnyEngine, crate:
     use crate::stack::Refusal;
     use crate::transports::nbd::{Client, ConnectError};
     use crate::{EngineExt, Error};
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
 
     let connections: u64 = options.need("connections")?;
     let client = Client::builder(&options.need::<String>("uri")?)
@@ -82,7 +83,9 @@ async fn open(options: crate::stack::Options) -> Result<crate::AnyEngine, crate:
         .map_err(|error| match error {
             ConnectError::Uri(_) => Refusal::key_error("uri", error),
             ConnectError::Option(_) => Refusal::key_error("connections", error),
-            error @ ConnectError::Unreachable { .. } => {
+            ConnectError::Unreachable { ref source, .. }
+                if matches!(source.kind(), NotFound | ConnectionRefused) =>
+            {
                 let text = format!("{error}; is the server running?");
                 Error::new(Error::from(error).kind(), text).into()
             }
