@@ -35,8 +35,8 @@ fn transmit(mut stream: UnixStream, mut memory: Vec<u8>) -> io::Result<()> {
     };
     stream.write_all(&info.encode())?;
 
-    let mut input = vec![0; 1 << 20];
-    let mut out = Vec::with_capacity(1 << 20);
+    let mut input = vec![0; 2 << 20];
+    let mut out = Vec::with_capacity(2 << 20);
     let mut filled = 0;
     loop {
         match stream.read(&mut input[filled..])? {
