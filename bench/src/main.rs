@@ -30,6 +30,9 @@ struct Arguments {
     /// The size of the disk in bytes
     #[arg(long, default_value_t = 256 << 20)]
     size: u64,
+    /// Where the file servers keep their image
+    #[arg(long, default_value = "/dev/shm")]
+    dir: PathBuf,
     /// Only servers whose name contains this
     #[arg(long, default_value = "")]
     only: String,
@@ -64,7 +67,7 @@ fn main() -> io::Result<()> {
             });
         }
     }
-    let directory = tempfile::tempdir_in("/dev/shm")?;
+    let directory = tempfile::tempdir_in(&arguments.dir)?;
     let place = Place {
         socket: directory.path().join("socket"),
         image: directory.path().join("image"),
