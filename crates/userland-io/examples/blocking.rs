@@ -1,6 +1,6 @@
 //! An engine of plain functions over slices, run on threads: a disk in a file by `std` alone.
 //!
-//! `cargo run --example blocking -- disk.img`, then `nbdinfo nbd://localhost`
+//! `truncate -s 64M disk.img`, `cargo run --example blocking -- disk.img`, then `nbdinfo nbd://localhost`
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -9,11 +9,9 @@ use std::sync::Mutex;
 use userland_io::{Blocking, BlockingEngine, CrashLevel, Device, Geometry, Result, WriteFlags};
 use userland_io::{errno, transports::nbd};
 
-const SIZE: u64 = 64 << 20;
-
 /// `None` once a sync has failed: the system may have dropped what it could not write, and
 /// would answer the next sync as if all were well.
-struct Plain(Mutex<Option<File>>);
+struct Plain(Mutex<Option<File>>, u64);
 
 impl Plain {
     fn at(&self, offset: u64, act: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result {
@@ -28,7 +26,7 @@ impl Plain {
 
 impl BlockingEngine for Plain {
     fn geometry(&self) -> Geometry {
-        Geometry::writable(SIZE, CrashLevel::Flush)
+        Geometry::writable(self.1, CrashLevel::Flush)
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result {
@@ -49,17 +47,10 @@ impl BlockingEngine for Plain {
 #[tokio::main]
 async fn main() -> Result {
     let path = std::env::args().nth(1).unwrap_or("disk.img".into());
-    let mut options = File::options();
-    let file = options
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)?;
-    file.set_len(SIZE)?;
-    // The length is durable before anyone relies on it.
-    file.sync_all()?;
-    let disk = Device::open(Blocking::new(Plain(Mutex::new(Some(file))), 4)?).await?;
+    let file = File::options().read(true).write(true).open(path)?;
+    let size = file.metadata()?.len();
+    let engine = Blocking::new(Plain(Mutex::new(Some(file)), size), 4)?;
+    let disk = Device::open(engine).await?;
     nbd::Server::new()
         .export("plain", disk)
         .serve("nbd://")
