@@ -19,8 +19,15 @@ fuzz_target!(|input: &[u8]| {
     // EXPORT_NAME alone is answered without a header, and then the handshake is over.
     let export_name = [0, EXPORT_NAME_ZEROES].map(|zeroes| ExportInfo::LEN + zeroes);
     let ends_so = outcome.session.is_some() && export_name.contains(&rest.len());
-    assert!(rest.is_empty() || ends_so, "{} bytes that are no reply", rest.len());
+    assert!(
+        rest.is_empty() || ends_so,
+        "{} bytes that are no reply",
+        rest.len()
+    );
     if let Some((_, behind)) = outcome.session {
-        assert!(input.ends_with(&behind), "the session begins with something else than what follows");
+        assert!(
+            input.ends_with(&behind),
+            "the session begins with something else than what follows"
+        );
     }
 });
