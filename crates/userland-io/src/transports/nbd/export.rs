@@ -416,6 +416,35 @@ mod tests {
         );
     }
 
+    #[tokio::test]
+    async fn the_default_is_the_named_the_nameless_or_the_only_one() {
+        struct Empty;
+        impl Engine for Empty {
+            fn geometry(&self) -> Geometry {
+                Geometry::read_only(0)
+            }
+            async fn read(&self, _: &mut crate::ReadBuf<'_>, _: u64) -> Result {
+                Ok(())
+            }
+        }
+        let disk = Device::open(Empty).await.unwrap();
+        let found = |names: &[&str], default: Option<&str>| {
+            let export = |name: &&str| Export::new((*name).to_owned(), disk.clone());
+            let exports = Exports::new(names.iter().map(export).collect(), default).unwrap();
+            exports.find("").map(|index| names[index].to_owned())
+        };
+        for (names, default, expected) in [
+            (&["a"][..], None, Some("a")),
+            (&["a", "b"], None, None),
+            (&["a", "b"], Some("b"), Some("b")),
+            (&["a", ""], None, Some("")),
+            (&["a", ""], Some("a"), Some("a")),
+        ] {
+            let expected = expected.map(str::to_owned);
+            assert_eq!(found(names, default), expected, "{names:?} {default:?}");
+        }
+    }
+
     #[test]
     fn a_context_is_namespace_and_leaf() {
         for (name, valid) in [

@@ -271,7 +271,8 @@ struct Accepting {
 impl Accepting {
     async fn run(mut self) -> Arc<Exports> {
         let mut shutdown = self.environment.shutdown.clone();
-        let mut full = false;
+        // Said once, not for each connection.
+        let (mut full, mut failing) = (false, false);
         loop {
             tokio::select! {
                 biased;
@@ -279,6 +280,7 @@ impl Accepting {
                 Some(ended) = self.connections.join_next() => complain(ended),
                 accepted = poll_fn(|cx| poll_accept(&self.listeners, &mut self.next, cx)) => match accepted {
                     Ok((stream, peer)) => {
+                        failing = false;
                         let most = self.environment.limits.max_connections;
                         if self.connections.len() >= most {
                             if !full {
@@ -294,7 +296,10 @@ impl Accepting {
                     }
                     Err(error) if is_of_one_connection(&error) => {}
                     Err(error) => {
-                        tracing::warn!(%error, "cannot accept connections for the moment");
+                        if !failing {
+                            tracing::warn!(%error, "cannot accept connections for the moment");
+                        }
+                        failing = true;
                         tokio::select! {
                             () = shutdown.wait() => break,
                             () = tokio::time::sleep(ACCEPT_PAUSE) => {}

@@ -124,5 +124,5 @@ fn explain(address: &dyn fmt::Display, error: &io::Error) -> String {
         io::ErrorKind::NotFound => "the directory does not exist",
         _ => return format!("cannot listen on {address}: {error}"),
     };
-    format!("cannot listen on {address}: {error}; {hint}")
+    format!("cannot listen on {address}: {hint}")
 }
