@@ -519,7 +519,7 @@ mod linux {
             let disk = disk.clone();
             let len = block.min(size - at) as usize;
             tasks.push(tokio::spawn(async move {
-                for round in 1..=150_u8 {
+                for round in 1..=250_u8 {
                     write(&*disk, &vec![round; len], at).await;
                     if round % 16 == 0 {
                         disk.flush().await.unwrap();
@@ -535,7 +535,7 @@ mod linux {
         disk.flush().await.unwrap();
         let bytes = fs::read(&path).unwrap();
         for at in [(128 << 10) - block, 128 << 10, last - block, last] {
-            assert_eq!(bytes[at as usize], 150, "at {at}");
+            assert_eq!(bytes[at as usize], 250, "at {at}");
         }
     }
 

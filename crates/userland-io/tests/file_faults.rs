@@ -10,10 +10,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tempfile::TempDir;
+use tokio::sync::Mutex;
 use userland_io::engines::File;
 use userland_io::{
     Device, Discard, Engine, ErrorKind, Features, ReadBuf, Result, WriteBuf, WriteFlags,
 };
+
+/// These tests start processes, which hold copies of all handles until they run their program: what one has
+/// just closed, another may still be keeping open.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 const NONE: WriteFlags = WriteFlags::empty();
 
@@ -100,6 +105,7 @@ impl Drop for Loop {
 
 #[tokio::test]
 async fn a_full_file_system_is_no_space_and_the_disk_goes_on() {
+    let _alone = ALONE.lock().await;
     let mount = need!(Mount::tmpfs(2 << 20));
     let path = mount.path().join("disk.img");
     let disk = File::open(&path).size(8 << 20).await.unwrap();
@@ -128,6 +134,7 @@ async fn a_full_file_system_is_no_space_and_the_disk_goes_on() {
 /// The device takes the bytes into the page cache and has nowhere to put them.
 #[tokio::test]
 async fn a_device_that_loses_data_latches() {
+    let _alone = ALONE.lock().await;
     let mount = need!(Mount::tmpfs(1 << 20));
     let backing = mount.path().join("backing");
     let file = fs::File::create(&backing).unwrap();
@@ -161,6 +168,7 @@ async fn a_device_that_loses_data_latches() {
 
 #[tokio::test]
 async fn a_block_device_is_a_disk_with_the_blocks_it_has() {
+    let _alone = ALONE.lock().await;
     for (block, direct) in [(512, false), (512, true), (4096, false), (4096, true)] {
         let place = tempfile::tempdir().unwrap();
         let backing = place.path().join("backing");
@@ -230,6 +238,7 @@ async fn a_block_device_is_a_disk_with_the_blocks_it_has() {
 
 #[tokio::test]
 async fn a_block_device_in_use_is_refused_with_its_user() {
+    let _alone = ALONE.lock().await;
     let place = tempfile::tempdir().unwrap();
     let backing = place.path().join("backing");
     fs::File::create(&backing)
@@ -266,6 +275,7 @@ async fn a_block_device_in_use_is_refused_with_its_user() {
 /// ext4, in its own file system: small blocks, odd tails and a full disk, by direct I/O.
 #[tokio::test]
 async fn direct_io_on_a_file_system_that_fills_up() {
+    let _alone = ALONE.lock().await;
     let place = tempfile::tempdir().unwrap();
     let backing = place.path().join("backing");
     fs::File::create(&backing)

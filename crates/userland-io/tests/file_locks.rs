@@ -6,8 +6,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Mutex;
 use userland_io::engines::{File, OpenFile};
 use userland_io::{Engine, ErrorKind, WriteBuf, WriteFlags};
+
+/// These tests start processes, which hold copies of all handles until they run their program: what one has
+/// just closed, another may still be keeping open.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 async fn refusal(open: OpenFile) -> String {
     let error = open.await.unwrap_err();
@@ -27,6 +32,7 @@ fn has(tool: &str) -> bool {
 
 #[tokio::test]
 async fn a_writer_is_alone_and_readers_share() {
+    let _alone = ALONE.lock().await;
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("disk.img");
     let writer = File::open(&path).size(1 << 20).await.unwrap();
@@ -53,6 +59,7 @@ async fn a_writer_is_alone_and_readers_share() {
 /// POSIX locks go when any handle of the process to the file is closed; these must not.
 #[tokio::test]
 async fn closing_another_handle_of_the_process_leaves_the_lock() {
+    let _alone = ALONE.lock().await;
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("disk.img");
     let _writer = File::open(&path).size(1 << 20).await.unwrap();
@@ -63,6 +70,7 @@ async fn closing_another_handle_of_the_process_leaves_the_lock() {
 /// A program that locks the whole file, as virtual machine monitors other than QEMU do.
 #[tokio::test]
 async fn a_lock_on_the_whole_file_is_respected() {
+    let _alone = ALONE.lock().await;
     for exclusive in [false, true] {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("disk.img");
@@ -99,7 +107,35 @@ async fn a_lock_on_the_whole_file_is_respected() {
 }
 
 #[tokio::test]
+async fn who_locks_the_whole_file_is_stopped_by_ours() {
+    let _alone = ALONE.lock().await;
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("disk.img");
+    drop(File::open(&path).size(1 << 20).await.unwrap());
+    let program = "import fcntl, struct, sys\n\
+                   file = open(sys.argv[1], 'r+b')\n\
+                   for kind in fcntl.F_RDLCK, fcntl.F_WRLCK:\n    \
+                   lock = struct.pack('hhqqi4x', kind, 0, 0, 0, 0)\n    \
+                   try: fcntl.fcntl(file, 37, lock); print('yes')\n    \
+                   except BlockingIOError: print('no')\n";
+    for (read_only, answer) in [(false, "no\nno\n"), (true, "yes\nno\n")] {
+        let _disk = File::open(&path).read_only(read_only).await.unwrap();
+        let mut python = Command::new("python3");
+        let Ok(output) = python.args(["-c", program]).arg(&path).output() else {
+            eprintln!("skipped: no python3 here");
+            return;
+        };
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout),
+            answer,
+            "{output:?}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn qemu_tools_are_stopped_by_ours() {
+    let _alone = ALONE.lock().await;
     if !has("qemu-img") || !has("qemu-io") {
         return;
     }
@@ -183,6 +219,7 @@ impl Drop for QemuIo {
 
 #[tokio::test]
 async fn ours_is_stopped_by_qemu_tools() {
+    let _alone = ALONE.lock().await;
     if !has("qemu-io") {
         return;
     }
@@ -223,6 +260,7 @@ async fn holder() {
 
 #[tokio::test]
 async fn a_killed_process_leaves_its_writes_and_no_lock() {
+    let _alone = ALONE.lock().await;
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("disk.img");
     drop(File::open(&path).size(1 << 20).await.unwrap());

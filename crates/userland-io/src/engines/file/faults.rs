@@ -35,6 +35,7 @@ enum Call {
     Zero,
     NextData,
     NextHole,
+    Prefetch,
 }
 
 /// What happens instead of a call, or before it.
@@ -139,6 +140,10 @@ impl Calls for Faulty {
     fn write_durable(&self, file: &OsFile, buf: &[u8], offset: u64) -> io::Result<usize> {
         let len = self.meet(Call::WriteDurable, buf.len())?;
         Os.write(file, buf, offset).map(|put| put.min(len))
+    }
+    fn prefetch(&self, file: &OsFile, offset: u64, len: u64) -> io::Result<()> {
+        self.meet(Call::Prefetch, 0)?;
+        Os.prefetch(file, offset, len)
     }
     fn punch(&self, file: &OsFile, offset: u64, len: u64) -> io::Result<()> {
         self.meet(Call::Punch, 0)?;
@@ -453,8 +458,13 @@ async fn a_panic_below_is_raised_above_and_nobody_waits_for_it() {
         });
         assert!(task.await.unwrap_err().is_panic());
     }
-    disk.flush().await.unwrap();
-    write(&disk, 0, &[1; 512], WriteFlags::FUA).await.unwrap();
+    let next = async {
+        disk.flush().await.unwrap();
+        write(&disk, 0, &[1; 512], WriteFlags::FUA).await.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(30), next)
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -506,6 +516,23 @@ async fn the_lock_outlives_the_disk_until_the_last_write_has_ended() {
         }
     };
     assert_eq!(read(&disk, 0, 512).await.unwrap(), [1; 512]);
+}
+
+#[tokio::test]
+async fn a_prefetch_is_a_hint_that_never_fails() {
+    for direct in [false, true] {
+        let place = tempfile::tempdir().unwrap();
+        let faulty = Faulty::default();
+        faulty.inject(Call::Prefetch, [Fault::Errno(EIO)]);
+        let open = same_file(&place).size(1 << 20).direct(direct);
+        let disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
+        for range in [0..4096, 4096..1 << 20, 0..0, 0..2 << 20] {
+            disk.prefetch(range).await.unwrap();
+        }
+        // There is no cache to read into behind direct I/O.
+        let asked = if direct { 0 } else { 2 };
+        assert_eq!(faulty.count(Call::Prefetch), asked);
+    }
 }
 
 #[tokio::test]

@@ -237,6 +237,12 @@ impl Image {
         }
     }
 
+    /// A hint: what comes of it, nobody needs to know.
+    pub(super) fn prefetch(&self, range: Range<u64>) {
+        let len = range.end - range.start;
+        let _ = self.calls.prefetch(&self.file, range.start, len);
+    }
+
     pub(super) fn extents(&self, range: Range<u64>, out: &mut Extents) -> Result {
         if !self.lacks.extents.load(Ordering::Relaxed) {
             match extents::extents(&*self.calls, &self.file, range.clone(), out) {

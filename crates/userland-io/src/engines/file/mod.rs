@@ -155,6 +155,15 @@ impl Engine for File {
         }
         Ok(())
     }
+
+    async fn prefetch(&self, range: Range<u64>) -> Result {
+        // Length 0 would mean all of the file.
+        if self.inside_range(&range).is_ok() && !range.is_empty() && !self.image.direct {
+            let image = self.image.clone();
+            self.pool.run(move || image.prefetch(range)).await;
+        }
+        Ok(())
+    }
 }
 
 impl File {

@@ -2,6 +2,7 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -52,6 +53,11 @@ impl Calls for Os {
             offset,
             ReadWriteFlags::DSYNC,
         )?)
+    }
+
+    fn prefetch(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let len = NonZeroU64::new(len);
+        Ok(rustix::fs::fadvise(file, offset, len, Advice::WillNeed)?)
     }
 
     fn punch(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {

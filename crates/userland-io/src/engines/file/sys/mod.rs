@@ -52,6 +52,12 @@ pub(super) trait Calls: Send + Sync + std::fmt::Debug + 'static {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Starts reading a range into the page cache.
+    fn prefetch(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let _ = (file, offset, len);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// As `write`, durable when it answers.
     fn write_durable(&self, file: &File, buf: &[u8], offset: u64) -> io::Result<usize> {
         let _ = (file, buf, offset);
