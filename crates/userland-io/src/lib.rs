@@ -96,3 +96,12 @@ pub use slots::Slots;
 #[cfg(all(doctest, feature = "nbd"))]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// The code in the guides is compiled and run, so that it cannot rot.
+#[cfg(doctest)]
+mod guides {
+    #[doc = include_str!("../../../docs/writing-an-engine.md")]
+    struct WritingAnEngine;
+    #[doc = include_str!("../../../docs/writing-a-layer.md")]
+    struct WritingALayer;
+}
