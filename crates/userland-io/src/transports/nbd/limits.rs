@@ -16,7 +16,8 @@ pub use super::transmission::Budget;
 pub struct Limits {
     /// The whole handshake has to be done by then. Default: 10 s.
     pub handshake_timeout: Duration,
-    /// The longest option data, in bytes; longer ones are answered `ERR_TOO_BIG`. Default: 64 KiB.
+    /// The longest option data, in bytes; longer ones are answered `ERR_TOO_BIG`. While it shakes
+    /// hands, a connection holds no more than twice this, and the replies to one option. Default: 64 KiB.
     pub max_option_data: usize,
     /// How many bytes of refused option data are read past, so that the session can go on; beyond it
     /// the connection is closed. Default: 1 MiB.
