@@ -240,6 +240,26 @@ async fn after_a_loss_comes_first_what_completed_then_what_was_on_its_way() {
 }
 
 #[tokio::test]
+async fn what_completed_while_a_flush_ran_is_told_again() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let (client, mut conn) = pair(&fake, Client::builder(&fake.uri())).await;
+    written(&client, &mut conn, 0, 1).await;
+    let flush = start_flush(&client);
+    let (flushing, _) = conn.request().await.unwrap();
+    assert_eq!(flushing.command, cmd::FLUSH);
+    // The flush says nothing about this one.
+    written(&client, &mut conn, 512, 2).await;
+    conn.done(&flushing).await;
+    within(flush).await.unwrap().unwrap();
+    drop(conn);
+    let mut conn = fake.accept().await;
+    let (request, payload) = conn.request().await.unwrap();
+    assert_eq!((request.offset, payload), (512, vec![2; 512]));
+    conn.done(&request).await;
+    assert!(conn.is_quiet().await, "it told more than was needed");
+}
+
+#[tokio::test]
 async fn without_a_journal_a_loss_ends_the_client_unless_all_was_flushed() {
     let fake = Fake::new(ReplyMode::Structured).await;
     let (client, mut conn) = pair(&fake, Client::builder(&fake.uri()).journal(0)).await;
