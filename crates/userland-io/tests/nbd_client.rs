@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use nbd_peers::{Fake, Peer, within};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::ReplyMode;
 use userland_io::transports::nbd::wire::{
     CommandFlags, Request, SimpleReply, TransmissionFlags, chunk, cmd, error,
 };
-use userland_io::transports::nbd::{Client, ConnectError};
+use userland_io::transports::nbd::{Client, ConnectError, Server};
 use userland_io::{
     CrashLevel, Device, Discard, Engine, ErrorKind, ExtentKind, Extents, Features, ReadBuf, Result,
     WriteBuf, WriteFlags,
@@ -152,6 +153,36 @@ async fn several_connections_hold_what_a_model_holds() {
         .unwrap();
     assert_eq!(client.connections(), 4);
     matches_a_model(client, 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn our_own_server_holds_what_a_model_holds() {
+    for connections in [1, 4] {
+        let disk = Device::open(Memory::new(64 << 20)).await.unwrap();
+        let server = Server::new()
+            .export("disk", disk)
+            .bind(["nbd://127.0.0.1:0"])
+            .await
+            .unwrap();
+        let uri = server.uri("disk").to_string();
+        let listed = Client::list(&uri).await.unwrap();
+        assert_eq!(listed[0].name, "disk");
+        let client = Client::builder(&uri)
+            .connections(connections)
+            .connect()
+            .await
+            .unwrap();
+        // A flush there covers all connections, always.
+        assert_eq!(client.connections(), connections);
+        assert!(client.geometry().features.contains(Features::EXTENTS));
+        matches_a_model(client, 7).await;
+        let unknown = Client::connect(&server.uri("other").to_string()).await;
+        assert!(
+            matches!(unknown, Err(ConnectError::UnknownExport { .. })),
+            "{unknown:?}"
+        );
+        within(server.shutdown()).await.unwrap();
+    }
 }
 
 #[tokio::test]

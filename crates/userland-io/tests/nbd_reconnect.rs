@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use nbd_peers::{Fake, FakeConn, Peer, within};
 use tokio::task::JoinHandle;
+use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::ReplyMode;
 use userland_io::transports::nbd::wire::{TransmissionFlags, cmd, error};
-use userland_io::transports::nbd::{Client, ClientBuilder};
+use userland_io::transports::nbd::{Client, ClientBuilder, Server};
 use userland_io::{Device, Engine, ErrorKind, ReadBuf, Result, WriteBuf, WriteFlags};
 
 const NONE: WriteFlags = WriteFlags::empty();
@@ -56,10 +57,29 @@ async fn written(client: &Arc<Client>, conn: &mut FakeConn, offset: u64, byte: u
     within(writing).await.unwrap().unwrap();
 }
 
-/// Six writers, each on a part of its own, while the server is killed again and again.
-async fn loses_nothing_when_killed(mut peer: Peer, connections: usize) {
+/// What was answered is in the image, however often the server was killed.
+async fn loses_nothing_when_killed(peer: Peer, connections: usize) {
+    let (uri, image) = (peer.uri(), peer.image());
+    let mut peer = Some(peer);
+    let model = under_load(&uri, connections, async || {
+        if let Some(mut killed) = peer.take() {
+            let restart = tokio::task::spawn_blocking(move || {
+                killed.kill();
+                killed.restart();
+                killed
+            });
+            peer = Some(restart.await.unwrap());
+        }
+    })
+    .await;
+    let image = std::fs::read(image).unwrap();
+    assert!(image[..model.len()] == model, "the image differs");
+}
+
+/// Restarts a server five times under six writers, each on a part of its own; gives what it has to hold then.
+async fn under_load(uri: &str, connections: usize, mut restart: impl AsyncFnMut()) -> Vec<u8> {
     const PART: u64 = 1 << 20;
-    let client = Client::builder(&peer.uri())
+    let client = Client::builder(uri)
         .connections(connections)
         .connect()
         .await
@@ -129,13 +149,7 @@ async fn loses_nothing_when_killed(mut peer: Peer, connections: usize) {
             }
         })
         .await;
-        peer = tokio::task::spawn_blocking(move || {
-            peer.kill();
-            peer.restart();
-            peer
-        })
-        .await
-        .unwrap();
+        restart().await;
     }
     stop.store(true, Ordering::Relaxed);
     let mut models = Vec::new();
@@ -143,8 +157,7 @@ async fn loses_nothing_when_killed(mut peer: Peer, connections: usize) {
         models.extend(within(task).await.unwrap());
     }
     within(device.close()).await.unwrap();
-    let image = std::fs::read(peer.image()).unwrap();
-    assert!(image[..models.len()] == models, "the image differs");
+    models
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -166,6 +179,32 @@ async fn nothing_is_lost_on_several_connections() {
     if let Some(peer) = Peer::nbdkit(&["file", "{dir}/disk"]) {
         loses_nothing_when_killed(peer, 4).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_lost_when_our_own_server_is_restarted_under_load() {
+    let disk = Device::open(Memory::new(8 << 20)).await.unwrap();
+    let serve = async |address: &str| {
+        Server::new()
+            .export("disk", disk.clone())
+            .bind([address])
+            .await
+            .unwrap()
+    };
+    let first = serve("nbd://127.0.0.1:0").await;
+    let address = format!("nbd://{}", first.addresses()[0]);
+    let uri = first.uri("disk").to_string();
+    let mut server = Some(first);
+    let model = under_load(&uri, 3, async || {
+        if let Some(old) = server.take() {
+            within(old.shutdown()).await.unwrap();
+        }
+        server = Some(serve(&address).await);
+    })
+    .await;
+    let mut bytes = vec![1; model.len()];
+    disk.read(&mut ReadBuf::new(&mut bytes), 0).await.unwrap();
+    assert!(bytes == model, "the disk differs");
 }
 
 #[tokio::test]
@@ -446,6 +485,29 @@ async fn the_journal_stays_within_its_bound_by_flushes_of_its_own() {
         assert!(unflushed <= JOURNAL, "{unflushed} bytes without a flush");
     }
     assert_eq!(log.iter().filter(|r| r.command == cmd::WRITE).count(), 400);
+}
+
+#[tokio::test]
+async fn a_write_that_waits_for_room_gets_it_once_there_is_something_to_flush() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let (client, mut conn) = pair(&fake, Client::builder(&fake.uri()).journal(1600)).await;
+    let first = start_write(&client, 0, 1);
+    let (one, _) = conn.request().await.unwrap();
+    // Less than half of the journal is used, and too little left; nothing has completed yet.
+    let second = {
+        let client = client.clone();
+        tokio::spawn(async move { write(&client, 4096, &[2; 1024], NONE).await })
+    };
+    assert!(conn.is_quiet().await, "it did not wait for room");
+    conn.done(&one).await;
+    within(first).await.unwrap().unwrap();
+    let (flush, _) = conn.request().await.unwrap();
+    assert_eq!(flush.command, cmd::FLUSH);
+    conn.done(&flush).await;
+    let (two, _) = conn.request().await.unwrap();
+    assert_eq!((two.command, two.offset), (cmd::WRITE, 4096));
+    conn.done(&two).await;
+    within(second).await.unwrap().unwrap();
 }
 
 #[tokio::test]

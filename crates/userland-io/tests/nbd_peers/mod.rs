@@ -2,7 +2,6 @@
 //! what a test says, lies included.
 #![allow(dead_code, unreachable_pub, missing_docs)]
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +13,9 @@ use userland_io::transports::nbd::wire::{
     ExportInfo, Greeting, HandshakeFlags, OptionHeader, OptionReply, ReplyChunk, ReplyFlags,
     Request, SimpleReply, TransmissionFlags, chunk, cmd, info, opt, rep,
 };
+
+#[path = "../common/need.rs"]
+mod need;
 
 /// Long enough on a loaded machine; a test that waits this long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,7 +29,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Starts `nbdkit` with these arguments; `None`, with a word on stderr, if it is not installed.
+    /// Starts `nbdkit` with these arguments; `None`, once the skip is told, if it is not installed.
     pub fn nbdkit(args: &[&str]) -> Option<Self> {
         let mut command = vec!["nbdkit".to_owned(), "-f".to_owned(), "-U".to_owned()];
         command.push("{socket}".to_owned());
@@ -45,14 +47,7 @@ impl Peer {
 
     /// `{socket}` and `{dir}` in the arguments stand for the paths; `{dir}/disk` is made, 64 MiB of holes.
     fn start(command: Vec<String>) -> Option<Self> {
-        if !installed(&command[0]) {
-            eprintln!("SKIPPED: {} is not installed", command[0]);
-            assert!(
-                std::env::var_os("ULIO_FORBID_SKIPS").is_none(),
-                "skips are forbidden"
-            );
-            return None;
-        }
+        need::program(&command[0])?;
         let dir = tempfile::tempdir().unwrap();
         let image = std::fs::File::create(dir.path().join("disk")).unwrap();
         image.set_len(64 << 20).unwrap();
@@ -130,11 +125,6 @@ fn listening(socket: &Path) -> bool {
     return socket.exists() && std::os::unix::net::UnixStream::connect(socket).is_ok();
     #[cfg(not(unix))]
     return socket.exists();
-}
-
-fn installed(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|dir| dir.join(OsStr::new(program)).is_file())
 }
 
 /// A server that does what the test says.
