@@ -40,9 +40,9 @@ const AFTER_DIRECT: usize = 4 << 10;
 /// A read longer than the longest request is answered in pieces of this many bytes.
 const PIECE: u64 = 4 << 20;
 /// How often a connection looks after itself, if there is a reason to.
-const TICK: Duration = Duration::from_millis(400);
+const TICK: Duration = Duration::from_millis(250);
 /// For how many ticks a client may neither take nor give a byte while others wait for its memory.
-const STALLED: u32 = 25;
+const STALLED: u32 = 40;
 
 /// One connection. `F` is a request's future, which `G` makes.
 pub(super) struct Connection<'a, S, F, G> {
@@ -556,7 +556,9 @@ where
     /// Looks after what only time can decide. True if it changed anything.
     fn tick(&mut self, cx: &mut Context<'_>) -> bool {
         let is_due = match self.state {
-            State::Serving => !self.pool.is_trimmed() || self.account.borrows(),
+            State::Serving => {
+                !self.pool.is_trimmed() || self.account.borrows() || self.output.pending() > 0
+            }
             _ => true,
         };
         if !is_due {
@@ -582,13 +584,18 @@ where
             State::Leaving { .. } if is_stuck && self.output.pending() > 0 => {
                 self.end("the client left and takes no replies");
             }
-            State::Serving if is_stuck && self.account.holds_up_others() => {
-                self.stalled += 1;
+            State::Serving if !self.has_moved => {
+                self.pool.trim();
+                if is_stuck && self.account.holds_up_others() {
+                    self.stalled += 1;
+                }
                 if self.stalled >= STALLED {
                     self.end("the client neither sends nor takes, and others wait for its memory");
+                } else if self.output.pending() > 0 && !self.input.is_full() {
+                    // No request is taken, but it may be that none will come, nor a reply be taken.
+                    self.receive(cx, Wants::Input);
                 }
             }
-            State::Serving if !self.has_moved => self.pool.trim(),
             _ => self.stalled = 0,
         }
         true

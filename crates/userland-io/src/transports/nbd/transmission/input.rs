@@ -50,6 +50,11 @@ impl Input {
         len
     }
 
+    /// True if nothing more can be received before something is consumed.
+    pub(super) fn is_full(&self) -> bool {
+        self.end - self.start == self.memory.len()
+    }
+
     /// Receives up to `most` bytes. Answers how many came; 0 at the end of the stream.
     pub(super) fn poll_receive<S: AsyncRead + Unpin>(
         &mut self,
@@ -57,7 +62,7 @@ impl Input {
         stream: &mut S,
         most: usize,
     ) -> Poll<io::Result<usize>> {
-        // What is at hand is less than a request header here, so moving it costs nothing.
+        // As a rule less than a request header is at hand, so moving it costs nothing.
         if self.start > 0 {
             self.memory.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);

@@ -214,10 +214,8 @@ impl Output {
                     from == to
                 }
             };
-            if finished {
-                if let Some(Piece::Payload { source, .. }) = self.pieces.pop_front() {
-                    source.into_buffer().into_iter().for_each(&mut *done);
-                }
+            if finished && let Some(Piece::Payload { source, .. }) = self.pieces.pop_front() {
+                source.into_buffer().into_iter().for_each(&mut *done);
             }
         }
         if self.sent == self.bytes.len() {

@@ -172,20 +172,22 @@ pub(super) fn check(
                 return Ok(request);
             }
         }
-        // These carry their length as a payload, one way or the other.
-        Command::Write(_) | Command::Read { split: false }
-            if header.length > u64::from(maximum) =>
-        {
-            let error = match request.command {
-                Command::Read { .. } => error::EOVERFLOW,
-                _ => error::EINVAL,
-            };
-            let length = header.length;
-            return Err(Reason::TooLong { length, maximum }.refuse(error));
-        }
         _ => {}
     }
     check_range(&request, session)?;
+    // These carry their length as a payload, one way or the other.
+    let is_payload = matches!(
+        request.command,
+        Command::Write(_) | Command::Read { split: false }
+    );
+    if is_payload && request.length > u64::from(maximum) {
+        let error = match request.command {
+            Command::Read { .. } => error::EOVERFLOW,
+            _ => error::EINVAL,
+        };
+        let length = request.length;
+        return Err(Reason::TooLong { length, maximum }.refuse(error));
+    }
     Ok(request)
 }
 
@@ -210,7 +212,11 @@ pub(super) fn select(
         }
         ids.push(id);
     }
-    check_range(request, session)
+    // An offset there is one of the payload's range, of which the header says nothing.
+    check_range(request, session).map_err(|refusal| Refusal {
+        at: None,
+        ..refusal
+    })
 }
 
 fn check_flags(

@@ -1,0 +1,101 @@
+//! Once a connection runs, requests to a static engine allocate nothing.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use userland_io::engines::Memory;
+use userland_io::transports::nbd::session::ReplyMode;
+use userland_io::transports::nbd::wire::{CommandFlags, Request, SimpleReply, cmd};
+use userland_io::{Device, Engine, Geometry, ReadBuf, Result, WriteBuf, WriteFlags};
+
+#[path = "common/nbd_peer.rs"]
+mod nbd_peer;
+use nbd_peer::{Peer, session};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: everything is handed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as the caller vouches for.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: as the caller vouches for.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// A memory disk whose requests wait once if `waits`.
+struct Disk {
+    memory: Memory,
+    waits: bool,
+}
+
+impl Engine for Disk {
+    fn geometry(&self) -> Geometry {
+        self.memory.geometry()
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        if self.waits {
+            tokio::task::yield_now().await;
+        }
+        self.memory.read(buf, offset).await
+    }
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
+        if self.waits {
+            tokio::task::yield_now().await;
+        }
+        self.memory.write(buf, offset, flags).await
+    }
+    async fn flush(&self) -> Result {
+        self.memory.flush().await
+    }
+}
+
+#[tokio::test]
+async fn reads_and_writes_of_4_kib_allocate_nothing() {
+    const DEPTH: usize = 32;
+    for waits in [false, true] {
+        let memory = Memory::new(1 << 20);
+        let device = Device::open(Disk { memory, waits }).await.unwrap();
+        let mut peer = Peer::new(&device, session(ReplyMode::Simple, 1 << 20));
+        for command in [cmd::WRITE, cmd::READ] {
+            let is_write = command == cmd::WRITE;
+            let mut packet = Vec::new();
+            for i in 0..DEPTH as u64 {
+                let request = Request {
+                    flags: CommandFlags::empty(),
+                    command,
+                    cookie: i,
+                    offset: i * 4096,
+                    length: 4096,
+                };
+                packet.extend(request.encode_compact());
+                packet.extend(std::iter::repeat_n(1, 4096).filter(|_| is_write));
+            }
+            let each = SimpleReply::LEN + if is_write { 0 } else { 4096 };
+            let mut replies = vec![0; DEPTH * each];
+            let mut before = 0;
+            for round in 0..110 {
+                // The first rounds fill the pool, the slots and the gathering memory.
+                if round == 10 {
+                    before = ALLOCATIONS.load(Ordering::Relaxed);
+                }
+                peer.writer.write_all(&packet).await.unwrap();
+                peer.reader.read_exact(&mut replies).await.unwrap();
+                assert!(replies.chunks(each).all(|reply| reply[4..8] == [0; 4]));
+            }
+            let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            assert_eq!(allocated, 0, "command {command}, waits: {waits}");
+        }
+        peer.leave().await;
+    }
+}

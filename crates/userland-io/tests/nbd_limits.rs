@@ -1,0 +1,303 @@
+//! What the NBD server lets a client take: bytes and requests in flight, long
+//! requests, and what it does with those that are too long.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Semaphore;
+use userland_io::transports::nbd::Limits;
+use userland_io::transports::nbd::limits::Environment;
+use userland_io::transports::nbd::session::ReplyMode;
+use userland_io::transports::nbd::wire::{CommandFlags, chunk, cmd, error};
+use userland_io::{Device, ErrorKind};
+
+#[path = "common/nbd_peer.rs"]
+mod nbd_peer;
+use nbd_peer::{MIB, MODES, Peer, Rig, environment, session};
+
+const NONE: CommandFlags = CommandFlags::empty();
+
+async fn rig(size: u64) -> (Rig, Device<Rig>) {
+    let rig = Rig::new(size);
+    let device = Device::open(rig.clone()).await.unwrap();
+    rig.taken();
+    (rig, device)
+}
+
+fn limits(change: impl FnOnce(&mut Limits)) -> (tokio::sync::watch::Sender<bool>, Environment) {
+    let mut limits = Limits::default();
+    change(&mut limits);
+    environment(limits)
+}
+
+/// Lets the server do what it can.
+async fn settle() {
+    // In paused time this ends when nothing else can run.
+    tokio::time::sleep(Duration::from_millis(1)).await;
+}
+
+#[tokio::test]
+async fn a_read_longer_than_the_longest_request_comes_in_pieces() {
+    const SIZE: u64 = 40 << 20;
+    for mode in MODES {
+        let (rig, device) = rig(SIZE).await;
+        let (shutdown, environment) = limits(|limits| limits.max_request = 8 << 20);
+        let mut peer = Peer::with(&device, session(mode, SIZE), shutdown, environment);
+        for offset in (0..SIZE).step_by(3 << 20) {
+            peer.write(offset, &[1; 1000]).await;
+        }
+        rig.taken();
+        let answer = peer.read(4096, (SIZE - 4096) as usize).await;
+        if mode == ReplyMode::Simple {
+            assert_eq!(answer.error, error::EOVERFLOW);
+            assert_eq!(rig.taken().concat(), "");
+        } else {
+            assert_eq!((answer.error, answer.data.len() as u64), (0, SIZE - 4096));
+            for at in (3 << 20..SIZE).step_by(3 << 20) {
+                let at = (at - 4096) as usize;
+                assert!(answer.data[at..at + 1000].iter().all(|&b| b == 1));
+            }
+            let ones = answer.data.iter().filter(|&&b| b == 1).count();
+            assert_eq!(ones, 13 * 1000);
+            assert!(answer.chunks.len() > 9, "{} chunks", answer.chunks.len());
+            let df = CommandFlags::DF;
+            let answer = peer.call(cmd::READ, df, 0, SIZE, &[]).await;
+            assert_eq!(answer.error, error::EOVERFLOW);
+            assert!(answer.text.contains("8388608"), "{}", answer.text);
+        }
+        assert_eq!(peer.read(0, 512).await.error, 0);
+        peer.leave().await;
+    }
+}
+
+#[tokio::test]
+async fn a_long_read_that_fails_says_where_and_ends() {
+    const SIZE: u64 = 40 << 20;
+    let (rig, device) = rig(SIZE).await;
+    let (shutdown, environment) = limits(|limits| limits.max_request = 8 << 20);
+    let mut peer = Peer::with(&device, session(MODES[1], SIZE), shutdown, environment);
+    *rig.bad.lock().unwrap() = Some((17 << 20..18 << 20, || ErrorKind::Io.into()));
+    rig.geometry.lock().unwrap().features = userland_io::Features::empty();
+    let answer = peer.read(0, SIZE as usize).await;
+    assert_eq!((answer.error, answer.at), (error::EIO, Some(16 << 20)));
+    assert_eq!(answer.data.len(), 16 << 20);
+    *rig.bad.lock().unwrap() = None;
+    assert_eq!(peer.read(0, 512).await.error, 0);
+    peer.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn short_requests_pass_long_reads() {
+    const SIZE: u64 = 400 << 20;
+    let (rig, device) = rig(SIZE).await;
+    let (shutdown, environment) = limits(|limits| limits.max_request = 8 << 20);
+    let mut peer = Peer::with(&device, session(MODES[1], SIZE), shutdown, environment);
+    *rig.delay.lock().unwrap() = Duration::from_millis(100);
+    let long = peer.send(cmd::READ, NONE, 0, SIZE, &[]).await;
+    let short = peer.send(cmd::READ, NONE, 4096, 4096, &[]).await;
+    assert_eq!(peer.receive().await.0, short);
+    assert_eq!(peer.receive().await.0, long);
+    peer.leave().await;
+}
+
+#[tokio::test]
+async fn a_write_that_is_too_long_is_drained_and_refused() {
+    for mode in MODES {
+        let (_, device) = rig(80 << 20).await;
+        let (shutdown, environment) = limits(|limits| limits.max_request = 8 << 20);
+        let mut peer = Peer::with(&device, session(mode, 80 << 20), shutdown, environment);
+        let answer = peer.write(0, &vec![1; (8 << 20) + 1]).await;
+        assert_eq!((answer.error, answer.data.len()), (error::EINVAL, 0));
+        assert_eq!(peer.write(0, &vec![1; 8 << 20]).await.error, 0);
+        assert_eq!(peer.read(0, 512).await.data, [1; 512]);
+        peer.leave().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn beyond_the_drain_the_error_is_sent_and_the_connection_closed() {
+    for mode in MODES {
+        let (_, device) = rig(1 << 40).await;
+        let (shutdown, environment) = limits(|limits| limits.max_payload_drain = 1 << 20);
+        let mut peer = Peer::with(&device, session(mode, 1 << 40), shutdown, environment);
+        let (cookie, head) = peer.head(cmd::WRITE, NONE, 0, u32::MAX.into());
+        peer.writer.write_all(&head).await.unwrap();
+        // What is in the pipe behind it does not keep the reply from the client.
+        peer.writer.write_all(&[0; 100_000]).await.unwrap();
+        let start = tokio::time::Instant::now();
+        let (answered, answer) = peer.receive().await;
+        assert_eq!((answered, answer.error), (cookie, error::EINVAL));
+        assert!(peer.try_receive().await.is_err());
+        assert!(peer.server.await.unwrap().is_err());
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_more_requests_run_than_the_limit() {
+    let (rig, device) = rig(MIB as u64).await;
+    let (shutdown, environment) = limits(|limits| limits.max_in_flight = 5);
+    let mut peer = Peer::with(
+        &device,
+        session(MODES[0], MIB as u64),
+        shutdown,
+        environment,
+    );
+    *rig.delay.lock().unwrap() = Duration::from_millis(5);
+    for i in 0..50 {
+        peer.send(cmd::READ, NONE, i * 512, 512, &[]).await;
+    }
+    for _ in 0..50 {
+        assert_eq!(peer.receive().await.1.error, 0);
+    }
+    assert_eq!(rig.most_in_flight.load(SeqCst), 5);
+    peer.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn bytes_in_flight_are_bounded_for_a_connection() {
+    let (rig, device) = rig(64 << 20).await;
+    let (shutdown, environment) = limits(|limits| limits.max_connection_bytes = 32 << 20);
+    let mut peer = Peer::with(&device, session(MODES[0], 64 << 20), shutdown, environment);
+    *rig.delay.lock().unwrap() = Duration::from_millis(5);
+    for i in 0..64 {
+        peer.send(cmd::READ, NONE, i << 20, 1 << 20, &[]).await;
+    }
+    for _ in 0..64 {
+        assert_eq!(peer.receive().await.1.error, 0);
+    }
+    assert_eq!(rig.most_in_flight.load(SeqCst), 32);
+    peer.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_does_not_read_is_not_read_from() {
+    for mode in MODES {
+        let (rig, device) = rig(64 << 20).await;
+        let mut peer = Peer::new(&device, session(mode, 64 << 20));
+        // Reads of 4 KiB and flushes for ever, until the pipe is full: none of the replies is taken.
+        let mut sent = 0;
+        loop {
+            let (_, mut packet) = peer.head(cmd::READ, NONE, sent % 64 << 20, 4096);
+            packet.extend(peer.head(cmd::FLUSH, NONE, 0, 0).1);
+            let full = Duration::from_millis(100);
+            match tokio::time::timeout(full, peer.writer.write_all(&packet)).await {
+                Ok(written) => written.unwrap(),
+                Err(_) => break,
+            }
+            sent += 1;
+        }
+        // Bounded: what fits the pipe, the input and 256 KiB of replies.
+        let ran = rig.finished.load(SeqCst);
+        assert!(ran < 1000, "{ran} requests ran, {sent} were sent");
+        settle().await;
+        assert_eq!(rig.finished.load(SeqCst), ran);
+        let server = peer.server;
+        drop((peer.reader, peer.writer));
+        let start = tokio::time::Instant::now();
+        let _ = server.await.unwrap();
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn half_closed_and_never_reading_ends_within_a_second() {
+    let (_, device) = rig(64 << 20).await;
+    let mut peer = Peer::new(&device, session(MODES[1], 64 << 20));
+    for i in 0..8 {
+        peer.send(cmd::READ, CommandFlags::DF, i << 20, 1 << 20, &[])
+            .await;
+    }
+    peer.writer.shutdown().await.unwrap();
+    let start = tokio::time::Instant::now();
+    assert!(peer.server.await.unwrap().is_err());
+    assert!(start.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_who_hoard_leave_the_others_their_allowance() {
+    let (rig, device) = rig(64 << 20).await;
+    let (shutdown, environment) = limits(|limits| {
+        limits.max_server_bytes = 64 << 20;
+        limits.max_connection_bytes = 128 << 20;
+    });
+    let mut greedy = Peer::with(
+        &device,
+        session(MODES[0], 64 << 20),
+        shutdown.clone(),
+        environment.clone(),
+    );
+    // It asks for everything and reads nothing.
+    *rig.delay.lock().unwrap() = Duration::from_millis(1);
+    for i in 0..128 {
+        greedy
+            .send(cmd::READ, NONE, i % 64 << 20, 1 << 20, &[])
+            .await;
+    }
+    settle().await;
+    let mut modest = Peer::with(
+        &device,
+        session(MODES[1], 64 << 20),
+        shutdown.clone(),
+        environment,
+    );
+    for i in 0..100 {
+        assert_eq!(modest.write(i << 19, &[1; 1 << 19]).await.error, 0);
+        let data = modest.read(i << 19, 1 << 19).await.data;
+        assert_eq!(data, [1; 1 << 19]);
+    }
+    // Who wants more waits, until the one that does not move is closed.
+    let start = tokio::time::Instant::now();
+    assert_eq!(modest.write(0, &vec![2; 32 << 20]).await.error, 0);
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        start.elapsed()
+    );
+    let ended = greedy.server.await.unwrap().unwrap_err();
+    assert_eq!(ended.kind(), std::io::ErrorKind::TimedOut);
+    modest.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn writes_in_flight_at_the_limit_do_not_stop_the_connection() {
+    let (rig, device) = rig(64 << 20).await;
+    let (shutdown, environment) = limits(|limits| {
+        limits.max_server_bytes = 64 << 20;
+        limits.max_connection_bytes = 64 << 20;
+    });
+    let gate = Arc::new(Semaphore::new(0));
+    *rig.gate.lock().unwrap() = Some(gate.clone());
+    let mut peer = Peer::with(&device, session(MODES[2], 64 << 20), shutdown, environment);
+    let (mut reader, mut writer) = (peer.reader, peer.writer);
+    let mut packet = Vec::new();
+    for i in 0..100_u64 {
+        let request = userland_io::transports::nbd::wire::Request {
+            flags: CommandFlags::PAYLOAD_LEN,
+            command: cmd::WRITE,
+            cookie: i,
+            offset: i % 32 << 20,
+            length: 1 << 20,
+        };
+        packet.extend(request.encode_extended());
+        packet.extend(vec![1; MIB]);
+    }
+    let sender = tokio::spawn(async move {
+        writer.write_all(&packet).await.unwrap();
+        writer
+    });
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(!sender.is_finished(), "it all went in");
+    assert_eq!(rig.in_flight.load(SeqCst), 64);
+    gate.add_permits(100);
+    let mut replies = vec![0; 100 * 32];
+    reader.read_exact(&mut replies).await.unwrap();
+    for reply in replies.chunks(32) {
+        assert_eq!(reply[6..8], chunk::NONE.to_be_bytes());
+    }
+    peer.writer = sender.await.unwrap();
+    peer.reader = reader;
+    peer.leave().await;
+}
