@@ -217,6 +217,22 @@ async fn half_closed_and_never_reading_ends_within_a_second() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn half_closed_and_slow_still_gets_every_reply() {
+    let (_, device) = rig(64 << 20).await;
+    let mut peer = Peer::new(&device, session(MODES[1], 64 << 20));
+    for i in 0..64 {
+        peer.send(cmd::READ, CommandFlags::DF, i << 20, 1 << 20, &[])
+            .await;
+    }
+    peer.writer.shutdown().await.unwrap();
+    for _ in 0..64 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(peer.receive().await.1.data.len(), MIB);
+    }
+    peer.server.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn those_who_hoard_leave_the_others_their_allowance() {
     let (rig, device) = rig(64 << 20).await;
     let (shutdown, environment) = limits(|limits| {

@@ -71,6 +71,8 @@ pub(super) struct Connection<'a, S, F, G> {
     has_moved: bool,
     stalled: u32,
     was_direct: bool,
+    /// The stream's end has been seen, before everything in front of it was taken.
+    has_ended: bool,
 }
 
 /// What the next bytes are.
@@ -166,6 +168,7 @@ where
             has_moved: false,
             stalled: 0,
             was_direct: false,
+            has_ended: false,
         }
     }
 
@@ -520,6 +523,19 @@ where
         true
     }
 
+    /// Looks whether the client still sends, while it takes no replies and so no request is taken.
+    fn probe(&mut self, cx: &mut Context<'_>) {
+        if self.has_ended && self.slots.in_flight() == 0 {
+            self.end("the client left and takes no replies");
+        } else if !self.input.is_full() && matches!(self.phase, Phase::Header) {
+            match self.input.poll_receive(cx, &mut self.stream, usize::MAX) {
+                Poll::Ready(Ok(0)) => self.has_ended = true,
+                Poll::Ready(Err(error)) => self.lose(error),
+                _ => {}
+            }
+        }
+    }
+
     /// Goes from leaving to left, as far as it can.
     fn part(&mut self, cx: &mut Context<'_>) -> bool {
         let before = self.state;
@@ -591,9 +607,8 @@ where
                 }
                 if self.stalled >= STALLED {
                     self.end("the client neither sends nor takes, and others wait for its memory");
-                } else if self.output.pending() > 0 && !self.input.is_full() {
-                    // No request is taken, but it may be that none will come, nor a reply be taken.
-                    self.receive(cx, Wants::Input);
+                } else if self.output.pending() > 0 {
+                    self.probe(cx);
                 }
             }
             _ => self.stalled = 0,
