@@ -127,12 +127,7 @@ impl History {
                     self.describe(&seen),
                     self.names(&legal)
                 );
-                let torn = super::stamp::Stamp::decode_torn(bytes).is_some()
-                    && super::stamp::Stamp::decode(bytes).is_none();
-                let clause = match torn {
-                    true => Clause::Tearing,
-                    false => Clause::Foreign,
-                };
+                let clause = Clause::of_bytes(bytes);
                 return Err(self.verdict(clause, cell, &[], what));
             }
         };

@@ -196,7 +196,7 @@ impl<'a> CellOrder<'a> {
             history.name(reader),
             history.describe(&Seen::Bytes(bytes.to_vec()))
         );
-        Err(history.verdict(Clause::Foreign, self.cell, &[reader], what))
+        Err(history.verdict(Clause::of_bytes(bytes), self.cell, &[reader], what))
     }
 
     /// Says why `a` and `b` come before each other.

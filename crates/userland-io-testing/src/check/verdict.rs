@@ -31,6 +31,16 @@ pub enum Clause {
     Operation,
 }
 
+impl Clause {
+    /// What bytes break that nobody wrote as they are.
+    pub(super) fn of_bytes(bytes: &[u8]) -> Clause {
+        match (Stamp::decode(bytes), Stamp::decode_torn(bytes)) {
+            (None, Some(_)) => Clause::Tearing,
+            _ => Clause::Foreign,
+        }
+    }
+}
+
 impl fmt::Display for Clause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -10,7 +10,7 @@
 //!
 //! Client 0 writes 2 blocks from block 4, client 1 flushes, client 0 then zeroes 8 blocks (`n`: NO_UNMAP, `q`: FAST_ONLY,
 //! `!`: FUA) and begins a read whose future is dropped after one poll (`~1`; `^1`: forgotten); call 9 to the disk
-//! below fails; the machine stops at event 17, any subset of what was not durable remains,
+//! below fails (`failflush@0=io`: its first flush); the machine stops at event 17, any subset of what was not durable remains,
 //! and stops again at event 3 of the recovery. The second round flushes and closes.
 
 mod random;
@@ -85,7 +85,9 @@ pub struct Abandon {
 pub struct Fault {
     /// Which disk.
     pub disk: u8,
-    /// Which of its calls, counted from the start of the round (or the last opening in it).
+    /// Only flushes count.
+    pub flush: bool,
+    /// Which of its calls, counted from the start of the round.
     pub call: u32,
     /// What it answers.
     pub kind: ErrorKind,

@@ -66,10 +66,17 @@ impl Script {
     pub fn random(seed: u64, mix: &Mix) -> Self {
         let mut rng = fastrand::Rng::with_seed(crate::check::stamp::mix(seed));
         let rounds = 1 + below(&mut rng, mix.rounds);
-        Script {
-            seed,
-            rounds: (0..rounds).map(|_| round(&mut rng, mix)).collect(),
+        let mut rounds: Vec<Round> = (0..rounds).map(|_| round(&mut rng, mix)).collect();
+        if rng.bool() {
+            // On a blank disk many things read as zeroes. On one that is full they differ.
+            let fill = Action {
+                client: 0,
+                op: Op::Write(0, mix.blocks, WriteFlags::empty()),
+                abandon: None,
+            };
+            rounds[0].actions.insert(0, fill);
         }
+        Script { seed, rounds }
     }
 }
 
@@ -101,7 +108,11 @@ fn round(rng: &mut fastrand::Rng, mix: &Mix) -> Round {
     let actions: Vec<Action> = (0..ops).map(|_| action(rng)).collect();
     let fault = one_in(rng, mix.faults).then(|| Fault {
         disk: below(rng, mix.disks),
-        call: rng.u32(..u32::from(ops) * 2),
+        flush: rng.bool(),
+        call: match rng.bool() {
+            true => rng.u32(..3),
+            false => rng.u32(..u32::from(ops) * 2),
+        },
         kind: match rng.bool() {
             true => ErrorKind::Io,
             false => ErrorKind::NoSpace,
@@ -138,10 +149,10 @@ fn op(rng: &mut fastrand::Rng, blocks: u16) -> Op {
 }
 
 fn end(rng: &mut fastrand::Rng, mix: &Mix, ops: u8) -> End {
-    // An operation is some two to eight events; a third of the crashes come when all is quiet.
-    let at = match rng.u8(..3) {
+    // Most operations are one to four events. Some crashes come when all is quiet.
+    let at = match rng.u8(..5) {
         0 => u32::MAX,
-        _ => rng.u32(..u32::from(ops) * 5 + 2),
+        _ => rng.u32(..u32::from(ops) * 4 + 2),
     };
     match rng.u8(..10) {
         0 if mix.closes => End::Close,

@@ -38,12 +38,19 @@ impl fmt::Display for Round {
         for action in &self.actions {
             write!(f, "{action} ")?;
         }
-        if let Some(Fault { disk, call, kind }) = self.fault {
+        if let Some(fault) = self.fault {
+            let Fault {
+                disk,
+                flush,
+                call,
+                kind,
+            } = fault;
             let kind = match kind {
                 ErrorKind::NoSpace => "nospace",
                 _ => "io",
             };
-            write!(f, "fail@{call}={kind}")?;
+            let what = if flush { "failflush" } else { "fail" };
+            write!(f, "{what}@{call}={kind}")?;
             if disk > 0 {
                 write!(f, "/{disk}")?;
             }
@@ -123,9 +130,9 @@ impl FromStr for Script {
                 };
                 if let Some(seed) = word.strip_prefix("seed=") {
                     script.seed = seed.parse().map_err(|_| bad("the seed is a number"))?;
-                } else if let Some(fault) = word.strip_prefix("fail@") {
-                    let rule = "an error is fail@CALL=io or fail@CALL=nospace, and perhaps /DISK";
-                    round.fault = Some(parse_fault(fault).ok_or_else(|| bad(rule))?);
+                } else if word.starts_with("fail") {
+                    let rule = "an error is fail@CALL=io or failflush@FLUSH=io (or nospace), and perhaps /DISK";
+                    round.fault = Some(parse_fault(word).ok_or_else(|| bad(rule))?);
                 } else if let Some((client, op)) = word.split_once(':') {
                     let rule = "an operation is CLIENT:w4+2, r, z, d, x (with ! n q) or f, and perhaps ~POLLS or ^POLLS";
                     let action = parse_action(client, op).ok_or_else(|| bad(rule))?;
@@ -143,10 +150,17 @@ impl FromStr for Script {
 }
 
 fn parse_fault(text: &str) -> Option<Fault> {
-    let (call, kind) = text.split_once('=')?;
+    let (what, call) = text.split_once('@')?;
+    let flush = match what {
+        "fail" => false,
+        "failflush" => true,
+        _ => return None,
+    };
+    let (call, kind) = call.split_once('=')?;
     let (kind, disk) = kind.split_once('/').unwrap_or((kind, "0"));
     Some(Fault {
         disk: disk.parse().ok()?,
+        flush,
         call: call.parse().ok()?,
         kind: match kind {
             "io" => ErrorKind::Io,

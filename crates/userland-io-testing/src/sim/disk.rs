@@ -83,9 +83,16 @@ struct State {
     geometry: Geometry,
     store: Store,
     calls: u64,
-    faults: Vec<(u64, ErrorKind)>,
+    flushes: u64,
+    faults: Vec<(Call, ErrorKind)>,
     latched: bool,
     closed: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Call {
+    Any(u64),
+    Flush(u64),
 }
 
 impl SimDisk {
@@ -113,6 +120,7 @@ impl SimDisk {
                 geometry,
                 store,
                 calls: 0,
+                flushes: 0,
                 faults: Vec::new(),
                 latched: false,
                 closed: false,
@@ -161,7 +169,17 @@ impl SimDisk {
     /// Makes the call number `call`, counted from 0 since this disk was opened, fail with `kind`. A mutation
     /// that fails may have had any part of its effect.
     pub fn fail(&self, call: u64, kind: ErrorKind) {
-        self.state().faults.push((call, kind));
+        self.state().faults.push((Call::Any(call), kind));
+    }
+
+    /// As [`fail`](Self::fail), but counts flushes only.
+    pub fn fail_flush(&self, flush: u64, kind: ErrorKind) {
+        self.state().faults.push((Call::Flush(flush), kind));
+    }
+
+    /// How many flushes it got since it was opened.
+    pub fn flushes(&self) -> u64 {
+        self.state().flushes
     }
 
     /// Takes back the failures that have not come yet.
@@ -198,10 +216,19 @@ impl SimDisk {
     /// Counts a call, and decides whether it fails.
     fn enter(&self) -> Option<ErrorKind> {
         let mut state = self.state();
-        let call = state.calls;
+        let call = Call::Any(state.calls);
         state.calls += 1;
         let fault = state.faults.iter().find(|fault| fault.0 == call);
         fault.map(|fault| fault.1)
+    }
+
+    fn enter_flush(&self) -> Option<ErrorKind> {
+        let fault = self.enter();
+        let mut state = self.state();
+        let call = Call::Flush(state.flushes);
+        state.flushes += 1;
+        let of_flush = state.faults.iter().find(|fault| fault.0 == call);
+        fault.or(of_flush.map(|fault| fault.1))
     }
 
     async fn delay(&self) {
@@ -424,7 +451,7 @@ impl Engine for SimDisk {
             world.breach("the simulated disk was asked to flush: closed, or read-only".to_owned());
             return Err(ErrorKind::Invalid.into());
         }
-        let fault = self.enter();
+        let fault = self.enter_flush();
         let since = self.state().store.now();
         if self.state().latched {
             return Err(Error::new(ErrorKind::Io, "an earlier flush failed"));
@@ -487,7 +514,7 @@ impl Engine for SimDisk {
         if let Some(kind) = fault {
             return Err(Error::new(kind, "injected"));
         }
-        let state = self.state();
+        let mut state = self.state();
         let unit = state.store.unit_len() as u64;
         let mut at = range.start;
         while at < range.end && !out.is_full() {
@@ -495,7 +522,7 @@ impl Engine for SimDisk {
             if end > state.geometry.size {
                 return Err(ErrorKind::OutOfRange.into());
             }
-            let kind = match state.store.current((at / unit) as usize) {
+            let kind = match state.store.look((at / unit) as usize) {
                 Bytes::Hole => ExtentKind::Hole,
                 Bytes::Zero => ExtentKind::Zero,
                 Bytes::Data(_) => ExtentKind::Data,

@@ -327,7 +327,7 @@ impl Store {
         }
     }
 
-    pub(super) fn current(&self, unit: usize) -> &Bytes {
+    fn current(&self, unit: usize) -> &Bytes {
         let unit = &self.units[unit];
         unit.versions.last().map_or(&unit.durable, |v| &v.bytes)
     }
@@ -337,12 +337,7 @@ impl Store {
     pub(super) fn read(&mut self, offset: u64, to: &mut [u8], torn: Option<&World>) {
         let unit = (offset / self.unit as u64) as usize;
         let at = (offset % self.unit as u64) as usize;
-        self.current(unit).copy_to(at, to);
-        self.seq += 1;
-        let now = self.seq;
-        if let Some(version) = self.units[unit].versions.last_mut() {
-            version.seen = version.seen.min(now);
-        }
+        self.look(unit).copy_to(at, to);
         let Some(world) = torn else { return };
         let flying = self.pending.iter().filter(|p| !p.orphan);
         let mut flying = flying
@@ -356,6 +351,16 @@ impl Store {
             self.merged(piece).copy_to(0, &mut all);
             to[..seen].copy_from_slice(&all[at..at + seen]);
         }
+    }
+
+    /// The unit's current bytes, which someone now has seen.
+    pub(super) fn look(&mut self, unit: usize) -> &Bytes {
+        self.seq += 1;
+        let now = self.seq;
+        if let Some(version) = self.units[unit].versions.last_mut() {
+            version.seen = version.seen.min(now);
+        }
+        self.current(unit)
     }
 
     /// How many bytes have space allocated.

@@ -104,6 +104,7 @@ impl<'s> Search<'s> {
             for call in 0..calls {
                 let fault = Fault {
                     disk: disk as u8,
+                    flush: false,
                     call: call as u32,
                     kind: match call % 2 {
                         0 => ErrorKind::Io,

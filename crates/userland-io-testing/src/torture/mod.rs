@@ -105,6 +105,14 @@ impl<'s> Torture<'s> {
         self
     }
 
+    /// Runs one of them, whether it is among the seeds or not.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn run_one(&self, seed: u64) -> Result<(), Verdict> {
+        run::run(self.subject, &Script::random(seed, &self.mix)).verdict
+    }
+
     /// Runs them all, up to the first that fails.
     ///
     /// # Errors

@@ -111,7 +111,11 @@ impl<'s> Run<'s> {
         if let Some(fault) = round.fault
             && let Some(disk) = self.disks.get(usize::from(fault.disk))
         {
-            disk.fail(disk.calls() + u64::from(fault.call), fault.kind);
+            let nth = u64::from(fault.call);
+            match fault.flush {
+                true => disk.fail_flush(disk.flushes() + nth, fault.kind),
+                false => disk.fail(disk.calls() + nth, fault.kind),
+            }
         }
         let clients = round.actions.iter().map(|a| usize::from(a.client) + 1);
         let clients = clients.max().unwrap_or(0);
@@ -200,6 +204,10 @@ impl<'s> Run<'s> {
             return self.kill();
         }
         self.disks = self.disks.iter().map(SimDisk::reopen).collect();
+        if self.geometry.crash == CrashLevel::None {
+            // A memory: what it held is gone with it.
+            return self.recover(CrashLevel::None, None);
+        }
         self.history.killed();
         self.reopen()
     }
@@ -334,17 +342,37 @@ fn shape_of(subject: &Subject, geometry: &Geometry) -> Shape {
 }
 
 fn read_image(world: &World, front: &Checked<AnyEngine>, shape: Shape) -> Result<Vec<u8>, Verdict> {
-    // What a read leaves alone must not pass for content.
-    let mut image = vec![0xdb; shape.len];
+    let (mut image, pattern) = unread(world, shape.len);
     let mut buf = ReadBuf::new(&mut image);
     match world.run(front.read(&mut buf, 0)) {
-        Some(Ok(())) => Ok(image),
+        Some(Ok(())) => match left_alone(&image, pattern) {
+            None => Ok(image),
+            Some(at) => {
+                let what = format!(
+                    "a read of 0..{} did not fill its buffer: not at {at}",
+                    shape.len
+                );
+                Err(Verdict::new(Clause::Operation, what))
+            }
+        },
         Some(Err(error)) => {
             let what = format!("the disk cannot be read after it was opened: {error}");
             Err(Verdict::new(Clause::Operation, what))
         }
         None => Err(Verdict::new(Clause::Operation, "a read never answers")),
     }
+}
+
+/// Memory for a read, filled with a pattern that no disk holds: what the read leaves alone must not pass for content.
+fn unread(world: &World, len: usize) -> (Vec<u8>, [u8; 8]) {
+    let pattern = world.draw(u64::MAX).to_le_bytes();
+    (pattern.iter().copied().cycle().take(len).collect(), pattern)
+}
+
+/// Where a read left the pattern in place.
+fn left_alone(bytes: &[u8], pattern: [u8; 8]) -> Option<usize> {
+    let at = bytes.chunks_exact(8).position(|chunk| chunk == pattern)?;
+    Some(at * 8)
 }
 
 /// Where the clients of a round meet.
@@ -463,9 +491,17 @@ impl Desk<'_> {
         let mut allowed = false;
         let result = match &request {
             Request::Read(_) => {
-                let mut memory = vec![0xdb; bytes.len()];
+                let (mut memory, pattern) = unread(self.world, bytes.len());
                 let result = front.read(&mut ReadBuf::new(&mut memory), offset).await;
                 self.complain(id, &result, false);
+                if result.is_ok()
+                    && let Some(at) = left_alone(&memory, pattern)
+                {
+                    let at = offset + at as u64;
+                    let what =
+                        format!("#{id}, a read of {range:?}, did not fill its buffer: not at {at}");
+                    self.note(Verdict::new(Clause::Operation, what));
+                }
                 let result = result.map(|()| memory);
                 return self.history.borrow_mut().end_read(id, &result);
             }
