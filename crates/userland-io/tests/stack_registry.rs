@@ -775,3 +775,28 @@ async fn stats_log_what_went_through_when_the_disk_closes() {
         "{text}"
     );
 }
+
+#[test]
+fn a_name_that_this_build_lacks_says_which_feature_it_needs() {
+    let mut entry = Entry::new("tape", "a tape");
+    entry.missing_feature = Some("tape");
+    let registry = few().engine(entry, async |_| Err(ErrorKind::Unsupported.into()));
+    let error = registry.parse("tape slow").unwrap_err();
+    assert_eq!(error.kind(), StackErrorKind::Unavailable);
+    assert_eq!(
+        error.to_string(),
+        "`tape` is not in this build (build it with the feature `tape`)"
+    );
+    let listed = registry.parse("tap").unwrap_err().render().to_string();
+    assert!(
+        listed.contains("tape  a tape (not in this build: needs the feature `tape`)"),
+        "{listed}"
+    );
+}
+
+#[cfg(not(feature = "nbd"))]
+#[test]
+fn without_its_feature_nbd_is_known_but_not_there() {
+    let error = Registry::builtin().parse("nbd://host/x").unwrap_err();
+    assert_eq!(error.kind(), StackErrorKind::Unavailable);
+}
