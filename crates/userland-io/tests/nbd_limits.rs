@@ -180,7 +180,7 @@ async fn a_client_that_does_not_read_is_not_read_from() {
         // Reads of 4 KiB and flushes for ever, until the pipe is full: none of the replies is taken.
         let mut sent = 0;
         loop {
-            let (_, mut packet) = peer.head(cmd::READ, NONE, sent % 64 << 20, 4096);
+            let (_, mut packet) = peer.head(cmd::READ, NONE, (sent % 64) << 20, 4096);
             packet.extend(peer.head(cmd::FLUSH, NONE, 0, 0).1);
             let full = Duration::from_millis(100);
             match tokio::time::timeout(full, peer.writer.write_all(&packet)).await {
@@ -249,7 +249,7 @@ async fn those_who_hoard_leave_the_others_their_allowance() {
     *rig.delay.lock().unwrap() = Duration::from_millis(1);
     for i in 0..128 {
         greedy
-            .send(cmd::READ, NONE, i % 64 << 20, 1 << 20, &[])
+            .send(cmd::READ, NONE, (i % 64) << 20, 1 << 20, &[])
             .await;
     }
     settle().await;
@@ -294,7 +294,7 @@ async fn writes_in_flight_at_the_limit_do_not_stop_the_connection() {
             flags: CommandFlags::PAYLOAD_LEN,
             command: cmd::WRITE,
             cookie: i,
-            offset: i % 32 << 20,
+            offset: (i % 32) << 20,
             length: 1 << 20,
         };
         packet.extend(request.encode_extended());

@@ -28,6 +28,9 @@ use userland_io::{
 
 pub(crate) const MIB: usize = 1 << 20;
 
+/// Where requests fail, and with what.
+pub(crate) type Bad = (Range<u64>, fn() -> Error);
+
 /// A memory disk whose requests can be delayed, held back, and made to fail or panic.
 #[derive(Clone)]
 pub(crate) struct Rig(Arc<RigState>);
@@ -38,7 +41,7 @@ pub(crate) struct RigState {
     /// How long each read and write takes.
     pub(crate) delay: Mutex<Duration>,
     /// Requests that touch it fail.
-    pub(crate) bad: Mutex<Option<(Range<u64>, fn() -> Error)>>,
+    pub(crate) bad: Mutex<Option<Bad>>,
     /// Reads of this offset panic.
     pub(crate) panic_at: Mutex<Option<u64>>,
     /// Writes wait for a permit.
@@ -425,7 +428,7 @@ impl Peer {
             }
             chunk::BLOCK_STATUS => {
                 assert_ne!(self.mode, ReplyMode::Extended);
-                assert!(payload.len() >= 12 && (payload.len() - 4) % 8 == 0);
+                assert!(payload.len() >= 12 && (payload.len() - 4).is_multiple_of(8));
                 let all = (4..payload.len())
                     .step_by(8)
                     .map(|at| (u32_at(at).into(), u32_at(at + 4).into()));
