@@ -12,6 +12,9 @@ use userland_io::{
     WriteBuf, WriteFlags,
 };
 
+#[path = "common/need.rs"]
+mod need;
+
 const NONE: WriteFlags = WriteFlags::empty();
 
 async fn read(engine: &impl Engine, range: Range<u64>) -> Result<Vec<u8>> {
@@ -162,7 +165,7 @@ async fn follows_the_model(path: &Path, size: u64, direct: bool, seed: u64) {
     let engine = match open.await {
         Ok(engine) => engine,
         Err(error) if direct && error.kind() == ErrorKind::Unsupported => {
-            eprintln!("skipped: {error}");
+            need::impossible(&error.to_string());
             return;
         }
         Err(error) => panic!("{error}"),
@@ -295,6 +298,7 @@ async fn a_file_cut_short_answers_an_error_that_names_the_place() {
 
 #[cfg(target_os = "linux")]
 mod linux {
+    use super::need;
     use std::os::unix::fs::MetadataExt;
     use std::process::Command;
     use std::sync::Arc;
@@ -440,7 +444,7 @@ mod linux {
         {
             Ok(output) if output.status.success() => output,
             other => {
-                eprintln!("skipped: no filefrag here: {other:?}");
+                need::skip(&format!("needs a filefrag that works: {other:?}"));
                 return;
             }
         };
@@ -476,7 +480,7 @@ mod linux {
         let disk = match File::open(&path).size(size).direct(true).await {
             Ok(disk) => disk,
             Err(error) => {
-                eprintln!("skipped: {error}");
+                need::impossible(&error.to_string());
                 return;
             }
         };
@@ -508,7 +512,7 @@ mod linux {
         let disk = match File::open(&path).size(size).direct(true).await {
             Ok(disk) => Arc::new(disk),
             Err(error) => {
-                eprintln!("skipped: {error}");
+                need::impossible(&error.to_string());
                 return;
             }
         };

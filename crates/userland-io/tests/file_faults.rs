@@ -16,6 +16,9 @@ use userland_io::{
     Device, Discard, Engine, ErrorKind, Features, ReadBuf, Result, WriteBuf, WriteFlags,
 };
 
+#[path = "common/need.rs"]
+mod need;
+
 /// These tests start processes, which hold copies of all handles until they run their program: what one has
 /// just closed, another may still be keeping open.
 static ALONE: Mutex<()> = Mutex::const_new(());
@@ -53,7 +56,7 @@ macro_rules! need {
         match $what {
             Ok(it) => it,
             Err(reason) => {
-                eprintln!("skipped: {reason}");
+                crate::need::impossible(&reason);
                 return;
             }
         }

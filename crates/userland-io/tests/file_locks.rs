@@ -10,6 +10,9 @@ use tokio::sync::Mutex;
 use userland_io::engines::{File, OpenFile};
 use userland_io::{Engine, ErrorKind, WriteBuf, WriteFlags};
 
+#[path = "common/need.rs"]
+mod need;
+
 /// These tests start processes, which hold copies of all handles until they run their program: what one has
 /// just closed, another may still be keeping open.
 static ALONE: Mutex<()> = Mutex::const_new(());
@@ -23,11 +26,7 @@ async fn refusal(open: OpenFile) -> String {
 }
 
 fn has(tool: &str) -> bool {
-    let found = Command::new(tool).arg("--version").output().is_ok();
-    if !found {
-        eprintln!("skipped: no {tool} here");
-    }
-    found
+    need::program(tool).is_some()
 }
 
 #[tokio::test]
@@ -90,7 +89,7 @@ async fn a_lock_on_the_whole_file_is_respected() {
             .stdout(Stdio::piped())
             .spawn();
         let Ok(mut child) = child else {
-            eprintln!("skipped: no python3 here");
+            need::skip("needs the program python3");
             return;
         };
         let mut line = String::new();
@@ -122,7 +121,7 @@ async fn who_locks_the_whole_file_is_stopped_by_ours() {
         let _disk = File::open(&path).read_only(read_only).await.unwrap();
         let mut python = Command::new("python3");
         let Ok(output) = python.args(["-c", program]).arg(&path).output() else {
-            eprintln!("skipped: no python3 here");
+            need::skip("needs the program python3");
             return;
         };
         assert_eq!(

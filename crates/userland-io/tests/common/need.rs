@@ -52,6 +52,12 @@ pub(crate) fn python(module: &str) -> Option<PathBuf> {
     None
 }
 
+/// Tells that the calling test does not run because the kernel, the file system or the user lacks something that no
+/// package brings. Return after it. Counted, and forgiven where skips are forbidden.
+pub(crate) fn impossible(reason: &str) {
+    skip(&format!("this machine cannot: {reason}"));
+}
+
 /// Tells that the calling test does not run, and why. Return after it.
 pub(crate) fn skip(reason: &str) {
     let thread = std::thread::current();
