@@ -218,7 +218,8 @@ async fn requests_keep_to_the_block_size_that_the_client_asked_for() {
 
 #[tokio::test]
 async fn errors_of_the_engine_come_with_their_number_and_text() {
-    let cases: [(fn() -> Error, u32, &str); 7] = [
+    type Case = (fn() -> Error, u32, &'static str);
+    let cases: [Case; 7] = [
         (|| ErrorKind::Io.into(), error::EIO, "input/output error"),
         (|| ErrorKind::NoSpace.into(), error::ENOSPC, "no space left"),
         (
