@@ -265,13 +265,17 @@ async fn a_block_device_in_use_is_refused_with_its_user() {
     need!(run("mkfs.ext4", ["-q".as_ref(), device.0.as_os_str()]));
     let at = tempfile::tempdir().unwrap();
     need!(run("mount", [&device.0, at.path()]));
+    let mount = Mount(at);
     for read_only in [false, true] {
         let open = File::open(&device.0).read_only(read_only);
         let error = open.await.unwrap_err().to_string();
-        let expected = format!("it is mounted at {}, unmount it first", at.path().display());
+        let expected = format!(
+            "it is mounted at {}, unmount it first",
+            mount.path().display()
+        );
         assert!(error.contains(&expected), "{error}");
     }
-    run("umount", [at.path()]).unwrap();
+    drop(mount);
     File::open(&device.0).await.unwrap();
 }
 

@@ -25,6 +25,8 @@ impl Calls for Os {
         Ok(rustix::fs::fdatasync(file)?)
     }
 
+    // Seen on Linux 6.18: ext4 and block devices read so, short if only the first part is cached, and refuse to
+    // write so (EOPNOTSUPP); tmpfs refuses both.
     fn read_cached(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let bufs = &mut [IoSliceMut::new(buf)];
         Ok(rustix::io::preadv2(
