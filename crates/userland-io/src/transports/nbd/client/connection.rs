@@ -13,7 +13,8 @@ use tokio::sync::Notify;
 
 use super::op::{Kind, Op};
 use crate::transports::nbd::session::ReplyMode;
-use crate::transports::nbd::wire::{CommandFlags, Request, cmd};
+use crate::transports::nbd::wire::{CommandFlags, Request, cmd, error};
+use crate::{Error, ErrorKind};
 
 /// Payloads up to this length are copied to travel with their neighbours.
 const COPIED: usize = 16 << 10;
@@ -86,6 +87,31 @@ pub(super) struct Progress {
 pub(super) struct Failure {
     pub(super) errno: u32,
     pub(super) text: String,
+}
+
+/// In this library's words.
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        let errno = match failure.errno {
+            // The specification: what is not on its list is EINVAL.
+            error::EPERM
+            | error::EIO
+            | error::ENOMEM
+            | error::EINVAL
+            | error::ENOSPC
+            | error::EOVERFLOW
+            | error::ENOTSUP
+            | error::ESHUTDOWN => failure.errno as i32,
+            _ => error::EINVAL as i32,
+        };
+        match failure.text.is_empty() {
+            true => Error::from_errno(errno),
+            false => Error::new(
+                ErrorKind::from_errno(errno),
+                format!("the server says: {}", failure.text.escape_debug()),
+            ),
+        }
+    }
 }
 
 /// A connection.

@@ -262,7 +262,7 @@ impl Shared {
 
     /// The server has answered `op`, which its connection has let go of.
     pub(super) fn answered(&self, conn: &Conn, op: &Arc<Op>, outcome: Result<Answer, Failure>) {
-        let result = match outcome {
+        let result: Result<Answer> = match outcome {
             Ok(answer) => Ok(answer),
             Err(failure)
                 if failure.errno == error::ESHUTDOWN
@@ -276,7 +276,7 @@ impl Shared {
                 self.told_drained(conn);
                 return;
             }
-            Err(failure) => Err(translate(failure)),
+            Err(failure) => Err(failure.into()),
         };
         if op.kind.is_mutation() || op.kind == Kind::Flush {
             let mut state = self.state();
@@ -582,28 +582,5 @@ impl State {
         self.next_number += 1;
         self.numbers.insert(op.number);
         true
-    }
-}
-
-/// An error of the server's, in this library's words.
-fn translate(failure: Failure) -> Error {
-    let errno = match failure.errno {
-        // The specification: what is not on its list is EINVAL.
-        error::EPERM
-        | error::EIO
-        | error::ENOMEM
-        | error::EINVAL
-        | error::ENOSPC
-        | error::EOVERFLOW
-        | error::ENOTSUP
-        | error::ESHUTDOWN => failure.errno as i32,
-        _ => error::EINVAL as i32,
-    };
-    match failure.text.is_empty() {
-        true => Error::from_errno(errno),
-        false => Error::new(
-            ErrorKind::from_errno(errno),
-            format!("the server says: {}", failure.text.escape_debug()),
-        ),
     }
 }
