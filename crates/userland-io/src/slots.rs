@@ -13,10 +13,16 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
+#[cfg(not(userland_io_loom))]
 use atomic_waker::AtomicWaker;
+#[cfg(userland_io_loom)]
+use loom::future::AtomicWaker;
+#[cfg(userland_io_loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(userland_io_loom))]
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A fixed number of slots in which futures run to completion.
 pub struct Slots<F> {
@@ -38,6 +44,15 @@ struct Slot<F> {
 struct Ready {
     woken: Box<[AtomicU64]>,
     task: AtomicWaker,
+}
+
+impl Ready {
+    fn register(&self, cx: &Context<'_>) {
+        #[cfg(not(userland_io_loom))]
+        self.task.register(cx.waker());
+        #[cfg(userland_io_loom)]
+        self.task.register_by_ref(cx.waker());
+    }
 }
 
 struct SlotWaker {
@@ -110,7 +125,7 @@ impl<F: Future> Slots<F> {
         if self.in_flight() == 0 {
             return Poll::Ready(None);
         }
-        self.ready.task.register(cx.waker());
+        self.ready.register(cx);
         if let Some(output) = self.poll_taken() {
             return Poll::Ready(Some(output));
         }
@@ -184,7 +199,7 @@ impl<F> std::fmt::Debug for Slots<F> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(userland_io_loom)))]
 mod tests {
     use std::cell::RefCell;
     use std::future::poll_fn;
@@ -272,5 +287,69 @@ mod tests {
         }
         let count = 500 * 64;
         assert_eq!(sum, count * (count - 1) / 2);
+    }
+}
+
+/// Every interleaving of a slot's owner and the threads that wake it, under a model checker.
+#[cfg(all(test, userland_io_loom))]
+mod interleavings {
+    use std::future::poll_fn;
+
+    use loom::sync::atomic::AtomicBool;
+    use loom::thread;
+
+    use super::*;
+
+    /// Ends once a thread of its own has set the flag and called the waker.
+    async fn told_by_a_thread(wakes: usize) {
+        let flag = Arc::new((AtomicBool::new(false), AtomicWaker::new()));
+        let mut thread = None;
+        poll_fn(|cx| {
+            flag.1.register_by_ref(cx.waker());
+            let told = flag.clone();
+            thread.get_or_insert_with(|| {
+                thread::spawn(move || {
+                    told.0.store(true, Ordering::Release);
+                    for _ in 0..wakes {
+                        told.1.wake();
+                    }
+                })
+            });
+            match flag.0.load(Ordering::Acquire) {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        })
+        .await;
+        if let Some(thread) = thread {
+            thread.join().unwrap();
+        }
+    }
+
+    fn run(futures: usize, wakes: usize, preemptions: usize) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(preemptions);
+        model.check(move || {
+            let mut slots = Slots::new(2);
+            let mut ended = 0;
+            for _ in 0..futures {
+                ended += usize::from(slots.start(told_by_a_thread(wakes)).is_ready());
+            }
+            // A wake that is lost leaves this waiting for ever, which the checker reports.
+            while let Some(()) = loom::future::block_on(poll_fn(|cx| slots.poll(cx))) {
+                ended += 1;
+            }
+            assert_eq!(ended, futures);
+        });
+    }
+
+    #[test]
+    fn no_wake_is_lost() {
+        run(1, 2, 4);
+    }
+
+    #[test]
+    fn no_wake_is_lost_beside_another_slot() {
+        run(2, 1, 1);
     }
 }
