@@ -28,13 +28,16 @@ pub(crate) fn run(arguments: Cli) -> Result<(), Failure> {
 
 fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         // At least two, so that a busy one does not keep signals waiting.
         .worker_threads(cores.max(2))
         .enable_all()
         .build()
-        .map_err(|error| Failure::of("starting the runtime", error))?
-        .block_on(command)
+        .map_err(|error| Failure::of("starting the runtime", error))?;
+    let ended = runtime.block_on(command);
+    // The disks are closed; a name that is still looked up, say, is not waited for.
+    runtime.shutdown_background();
+    ended
 }
 
 /// Each connection and image is an open file, and the soft limit is often 1024 for the sake of `select`.

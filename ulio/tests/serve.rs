@@ -239,6 +239,22 @@ fn a_second_signal_leaves_at_once() {
     );
 }
 
+/// Opening flushes once, which takes long here.
+#[test]
+fn a_signal_while_it_starts_ends_it_at_once() {
+    let ulio = Ulio::new();
+    let words = "serve file:disk.img,size=1M delay:flush=60s --listen unix:s";
+    let server = Server::start(&ulio, words, 0);
+    let began = std::time::Instant::now();
+    while !ulio.path("disk.img").exists() {
+        assert!(began.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let ended = server.stop();
+    assert!(began.elapsed() < Duration::from_secs(40));
+    ended.fails(1, &["interrupted before it served"]);
+}
+
 #[test]
 fn a_port_or_socket_in_use_is_told_and_left_alone() {
     let ulio = Ulio::new();
@@ -300,7 +316,7 @@ fn a_sockets_permissions_are_as_asked() {
 }
 
 #[test]
-fn a_silent_handshake_is_cut_and_others_are_not() {
+fn a_silent_handshake_is_cut_when_its_time_is_up() {
     let ulio = Ulio::new();
     let server = Server::start(
         &ulio,
@@ -311,7 +327,10 @@ fn a_silent_handshake_is_cut_and_others_are_not() {
     let limit = Some(Duration::from_secs(30));
     silent.set_read_timeout(limit).unwrap();
     let mut all = Vec::new();
+    let began = std::time::Instant::now();
     silent.read_to_end(&mut all).unwrap();
+    // The default would be 10 s.
+    assert!(began.elapsed() < Duration::from_secs(8));
     assert_eq!(&all[..8], b"NBDMAGIC");
     server.stop().ok();
 }

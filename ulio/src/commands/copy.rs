@@ -19,13 +19,9 @@ pub(crate) async fn run(arguments: Copy, registry: &Registry) -> Result<(), Fail
     let to = registry.parse(&arguments.target)?;
     let mut signals = Signals::listen()?;
 
-    let source = stacks::open(&stacks::read_only(from, registry)).await?;
-    let target = match open_target(to, registry, source.geometry()).await {
-        Ok(target) => target,
-        Err(failure) => {
-            stacks::close(source, &arguments.source).await?;
-            return Err(failure);
-        }
+    let (source, target) = tokio::select! {
+        opened = open(from, to, &arguments, registry) => opened?,
+        () = signals.next() => return Err(Failure::Failed("interrupted before it began".to_owned())),
     };
 
     let mut meter = Meter::new(match (arguments.progress, arguments.no_progress) {
@@ -56,6 +52,22 @@ pub(crate) async fn run(arguments: Copy, registry: &Registry) -> Result<(), Fail
     closed?;
     note(&summary(&copied, arguments.verify));
     Ok(())
+}
+
+async fn open(
+    from: Plan,
+    to: Plan,
+    arguments: &Copy,
+    registry: &Registry,
+) -> Result<(Device, Device), Failure> {
+    let source = stacks::open(&stacks::read_only(from, registry)).await?;
+    match open_target(to, registry, source.geometry()).await {
+        Ok(target) => Ok((source, target)),
+        Err(failure) => {
+            stacks::close(source, &arguments.source).await?;
+            Err(failure)
+        }
+    }
 }
 
 async fn close(source: Device, target: Device, arguments: &Copy) -> Result<(), Failure> {

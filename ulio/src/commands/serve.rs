@@ -24,23 +24,9 @@ pub(crate) async fn run(arguments: Serve, registry: &Registry) -> Result<(), Fai
     let plans = plans(&arguments, registry)?;
     // Before an image is created: from here on a signal ends it in order.
     let mut signals = Signals::listen()?;
-    let mut disks = Vec::new();
-    for (name, plan) in &plans {
-        match stacks::open(plan).await {
-            Ok(disk) => disks.push(Disk {
-                name: name.clone(),
-                stack: plan.to_string(),
-                device: disk,
-            }),
-            Err(failure) => return Err(close(disks).await.err().unwrap_or(failure)),
-        }
-    }
-    let server = match bind(&arguments, &disks).await {
-        Ok(server) => server,
-        Err(error) => {
-            close(disks).await?;
-            return Err(Failure::Failed(error.to_string()));
-        }
+    let (server, disks) = tokio::select! {
+        started = start(&arguments, &plans) => started?,
+        () = signals.next() => return Err(Failure::Failed("interrupted before it served".to_owned())),
     };
     announce(&arguments, &server, &disks)?;
 
@@ -63,6 +49,31 @@ struct Disk {
 impl Disk {
     fn read_only(&self, arguments: &Serve) -> bool {
         arguments.read_only || self.device.geometry().is_read_only()
+    }
+}
+
+/// Opens all disks, then the addresses.
+async fn start(
+    arguments: &Serve,
+    plans: &[(String, Plan)],
+) -> Result<(ServerHandle, Vec<Disk>), Failure> {
+    let mut disks = Vec::new();
+    for (name, plan) in plans {
+        match stacks::open(plan).await {
+            Ok(device) => disks.push(Disk {
+                name: name.clone(),
+                stack: plan.to_string(),
+                device,
+            }),
+            Err(failure) => return Err(close(disks).await.err().unwrap_or(failure)),
+        }
+    }
+    match bind(arguments, &disks).await {
+        Ok(server) => Ok((server, disks)),
+        Err(error) => {
+            close(disks).await?;
+            Err(Failure::Failed(error.to_string()))
+        }
     }
 }
 
