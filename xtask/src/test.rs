@@ -44,8 +44,13 @@ pub(crate) fn run(options: &Options) -> Result<bool, String> {
     );
     features::run(&mut report, &metadata);
     let mut doc = cargo("doc");
-    doc.env("RUSTDOCFLAGS", "-D warnings")
-        .args(["--workspace", "--all-features", "--no-deps"]);
+    // Libraries only: the doc comments of ulio's arguments are its help, not rustdoc's markup.
+    doc.env("RUSTDOCFLAGS", "-D warnings").args([
+        "--workspace",
+        "--lib",
+        "--all-features",
+        "--no-deps",
+    ]);
     report.step("documentation", &mut doc);
     tests(&mut report, options.long);
     targets::run(&mut report);

@@ -1,13 +1,13 @@
 //! The transmission phase: requests in, replies out, until the client leaves.
 //!
 //! One task serves one connection, and spawns nothing. One receive brings many
-//! requests ([`input`]); each is checked ([`request`]), started in a slot and polled
-//! once at once ([`command`]); replies gather ([`reply`], [`output`]) and go out
+//! requests (`input`); each is checked (`request`), started in a slot and polled
+//! once at once (`command`); replies gather (`reply`, `output`) and go out
 //! together when the input is used up or enough of them wait. Buffers come from a
-//! [`pool`], so that a request allocates nothing. [`connection`] is that loop.
+//! `pool`, so that a request allocates nothing. `connection` is that loop.
 //!
 //! Requests finish in any order. What is in flight is bounded in number and in bytes
-//! ([`budget`]); beyond that, and while a slow reader leaves replies unsent, no request is taken.
+//! (`budget`); beyond that, and while a slow reader leaves replies unsent, no request is taken.
 
 mod budget;
 mod command;
