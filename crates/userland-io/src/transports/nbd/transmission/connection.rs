@@ -573,7 +573,8 @@ where
     fn tick(&mut self, cx: &mut Context<'_>) -> bool {
         let is_due = match self.state {
             State::Serving => {
-                !self.pool.is_trimmed() || self.account.borrows() || self.output.pending() > 0
+                let is_trimmed = self.pool.is_trimmed() && self.output.is_trimmed();
+                !is_trimmed || self.account.borrows() || self.output.pending() > 0
             }
             _ => true,
         };
@@ -602,6 +603,7 @@ where
             }
             State::Serving if !self.has_moved => {
                 self.pool.trim();
+                self.output.trim();
                 if is_stuck && self.account.holds_up_others() {
                     self.stalled += 1;
                 }

@@ -17,6 +17,8 @@ use super::pool::Buffer;
 
 /// Payloads up to this length are copied beside their headers: cheaper than a piece of their own.
 pub(super) const COPIED: usize = 2048;
+/// The memory that is kept for gathering while the connection rests.
+const KEPT: usize = 512 << 10;
 /// How many pieces one system call takes.
 const SLICES: usize = 128;
 
@@ -93,6 +95,16 @@ impl Output {
     /// The bytes that wait.
     pub(super) fn pending(&self) -> usize {
         self.pending
+    }
+
+    /// True if [`trim`](Self::trim) would free nothing.
+    pub(super) fn is_trimmed(&self) -> bool {
+        self.bytes.capacity() <= KEPT
+    }
+
+    /// Frees what a connection at rest has no use for.
+    pub(super) fn trim(&mut self) {
+        self.bytes.shrink_to(KEPT);
     }
 
     /// Adds `bytes`.
