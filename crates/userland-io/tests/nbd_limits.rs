@@ -127,7 +127,8 @@ async fn beyond_the_drain_the_error_is_sent_and_the_connection_closed() {
         // What is in the pipe behind it does not keep the reply from the client.
         peer.writer.write_all(&[0; 100_000]).await.unwrap();
         let start = tokio::time::Instant::now();
-        let (answered, answer) = peer.receive().await;
+        let reply = tokio::time::timeout(Duration::from_secs(1), peer.receive());
+        let (answered, answer) = reply.await.expect("an answer at once");
         assert_eq!((answered, answer.error), (cookie, error::EINVAL));
         assert!(peer.try_receive().await.is_err());
         assert!(peer.server.await.unwrap().is_err());
@@ -259,11 +260,13 @@ async fn those_who_hoard_leave_the_others_their_allowance() {
         shutdown.clone(),
         environment,
     );
+    let start = tokio::time::Instant::now();
     for i in 0..100 {
         assert_eq!(modest.write(i << 19, &[1; 1 << 19]).await.error, 0);
         let data = modest.read(i << 19, 1 << 19).await.data;
         assert_eq!(data, [1; 1 << 19]);
     }
+    assert!(start.elapsed() < Duration::from_secs(1), "it had to wait");
     // Who wants more waits, until the one that does not move is closed.
     let start = tokio::time::Instant::now();
     assert_eq!(modest.write(0, &vec![2; 32 << 20]).await.error, 0);
