@@ -66,10 +66,10 @@ pub(crate) struct Serve {
     #[arg(long, short, value_name = "NAME=STACK", value_parser = export)]
     pub(crate) export: Vec<Export>,
 
-    /// Where to listen: nbd://HOST[:PORT] or nbd+unix:///?socket=PATH; port 0 takes a free one
+    /// Where to listen: `nbd://HOST[:PORT]` or `nbd+unix:///?socket=PATH`; port 0 takes a free one
     ///
-    /// May be given several times. The default is port 10809 of this machine only, nbd://127.0.0.1:10809 and
-    /// nbd://[::1]:10809; or, started by socket activation, the sockets handed over, which `systemd:NAME` means, too.
+    /// May be given several times. The default is port 10809 of this machine only, `nbd://127.0.0.1:10809` and
+    /// `nbd://[::1]:10809`; or, started by socket activation, the sockets handed over, which `systemd:NAME` means, too.
     #[arg(long, short, value_name = "URI", value_parser = listen)]
     pub(crate) listen: Vec<String>,
 

@@ -188,9 +188,10 @@ fn a_server_without_a_default_export_lists_what_it_has() {
 #[test]
 fn a_server_that_is_not_there_is_asked_after() {
     let ulio = Ulio::new();
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = free.local_addr().unwrap().port();
-    drop(free);
+    // Bound and not listening: nobody else can answer there.
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let port = held.local_addr().unwrap().port();
     ulio.run(&format!("info nbd://127.0.0.1:{port}")).fails(
         1,
         &[
