@@ -35,6 +35,8 @@ pub(super) struct Image {
     pub(super) beside: Option<File>,
     pub(super) geometry: Geometry,
     pub(super) is_device: bool,
+    /// The file system is memory: no call waits for a device.
+    pub(super) never_waits: bool,
     pub(super) direct: bool,
     /// What offsets and lengths of direct I/O are multiples of; 1 for buffered.
     pub(super) align: u32,
@@ -258,15 +260,17 @@ impl Image {
 
     /// Reads what needs no waiting of `buf`, and answers how much that was.
     pub(super) fn read_cached(&self, buf: &mut [u8], offset: u64) -> usize {
-        self.cached(&self.lacks.read_cached, || {
-            self.calls.read_cached(&self.file, buf, offset)
+        self.cached(&self.lacks.read_cached, || match self.never_waits {
+            true => self.calls.read(&self.file, buf, offset),
+            false => self.calls.read_cached(&self.file, buf, offset),
         })
     }
 
     /// Writes as much of `buf` as needs no waiting, and answers how much that was.
     pub(super) fn write_cached(&self, buf: &[u8], offset: u64) -> usize {
-        self.cached(&self.lacks.write_cached, || {
-            self.calls.write_cached(&self.file, buf, offset)
+        self.cached(&self.lacks.write_cached, || match self.never_waits {
+            true => self.calls.write(&self.file, buf, offset),
+            false => self.calls.write_cached(&self.file, buf, offset),
         })
     }
 

@@ -216,6 +216,7 @@ impl OpenFile {
         geometry.features |= Features::SURVIVES_KILL;
         let mut image = Image {
             calls,
+            never_waits: sys::never_waits(&file),
             file,
             beside: None,
             geometry,

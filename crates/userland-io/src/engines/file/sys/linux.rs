@@ -178,12 +178,21 @@ pub(in super::super) fn honours_durable_writes(file: &File) -> bool {
     const XFS: u32 = 0x5846_5342;
     const BTRFS: u32 = 0x9123_683e;
     const F2FS: u32 = 0xf2f5_2010;
-    const TMPFS: u32 = 0x0102_1994;
-    match rustix::fs::fstatfs(file) {
-        // All of them are 32 bits, which some systems keep in more, or with a sign.
-        Ok(stat) => [EXT, XFS, BTRFS, F2FS, TMPFS].contains(&(stat.f_type as u32)),
-        Err(_) => false,
-    }
+    [EXT, XFS, BTRFS, F2FS, TMPFS].contains(&file_system(file))
+}
+
+/// True if the file system keeps its bytes in memory only, where reads and writes are copies.
+pub(in super::super) fn never_waits(file: &File) -> bool {
+    const RAMFS: u32 = 0x8584_58f6;
+    [TMPFS, RAMFS].contains(&file_system(file))
+}
+
+const TMPFS: u32 = 0x0102_1994;
+
+/// The magic number of the file system that holds `file`, 0 if it cannot be told.
+fn file_system(file: &File) -> u32 {
+    // All of them are 32 bits, which some systems keep in more, or with a sign.
+    rustix::fs::fstatfs(file).map_or(0, |stat| stat.f_type as u32)
 }
 
 /// A block device's length in bytes.

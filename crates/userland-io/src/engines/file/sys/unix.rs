@@ -22,6 +22,11 @@ impl Calls for Os {
     }
 }
 
+/// It cannot be told here.
+pub(in super::super) fn never_waits(_: &File) -> bool {
+    false
+}
+
 /// How a file is to be opened.
 pub(in super::super) fn open_options(writable: bool) -> OpenOptions {
     let mut options = OpenOptions::new();

@@ -27,6 +27,11 @@ impl Calls for Os {
     }
 }
 
+/// It cannot be told here.
+pub(in super::super) fn never_waits(_: &File) -> bool {
+    false
+}
+
 /// How a file is to be opened. What is shared with others is the lock: a writer shares nothing, a
 /// reader reading.
 pub(in super::super) fn open_options(writable: bool) -> OpenOptions {
