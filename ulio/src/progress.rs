@@ -22,7 +22,7 @@ pub(crate) enum Meter {
 pub(crate) struct Pace {
     phase: CopyPhase,
     began: Instant,
-    told: Instant,
+    told: Option<Instant>,
 }
 
 impl Meter {
@@ -32,14 +32,11 @@ impl Meter {
         match (wanted.unwrap_or(terminal), terminal) {
             (false, _) => Meter::Silent,
             (true, true) => Meter::Bar(bar(), CopyPhase::Copying),
-            (true, false) => {
-                let now = Instant::now();
-                Meter::Lines(Pace {
-                    phase: CopyPhase::Copying,
-                    began: now,
-                    told: now,
-                })
-            }
+            (true, false) => Meter::Lines(Pace {
+                phase: CopyPhase::Copying,
+                began: Instant::now(),
+                told: None,
+            }),
         }
     }
 
@@ -62,10 +59,11 @@ impl Meter {
                 let now = Instant::now();
                 if step.phase != pace.phase {
                     (pace.phase, pace.began) = (step.phase, now);
-                } else if now - pace.told < PAUSE && step.done < step.total {
+                } else if pace.told.is_some_and(|told| now - told < PAUSE) && step.done < step.total
+                {
                     return;
                 }
-                pace.told = now;
+                pace.told = Some(now);
                 output::note(&line(step, now - pace.began));
             }
         }
