@@ -141,6 +141,11 @@ impl Account {
         self.borrowed > 0 && self.budget.is_contended()
     }
 
+    /// True if everything taken has been given back.
+    pub(super) fn is_settled(&self) -> bool {
+        self.used == 0
+    }
+
     /// True if some of the server's bytes are borrowed.
     pub(super) fn borrows(&self) -> bool {
         self.borrowed > 0

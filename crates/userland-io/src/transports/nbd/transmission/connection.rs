@@ -566,6 +566,9 @@ where
             }
             _ => {}
         }
+        // Whoever left with nothing unfinished has given every byte back.
+        let is_done = is_idle && self.output.pending() == 0 && before != State::Serving;
+        debug_assert!(!is_done || self.account.is_settled(), "{:?}", self.account);
         self.state != before
     }
 
