@@ -179,24 +179,31 @@ async fn read_sparse<E: Engine>(
 /// Cuts `len` bytes into data and holes; a hole too short for a chunk of its own counts as data.
 fn runs(extents: &Extents, len: usize) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
-    let mut add = |len: usize, is_hole| match runs.last_mut() {
-        Some(last) if last.is_hole == is_hole => last.len += len,
-        _ => runs.push(Run { len, is_hole }),
-    };
     let mut left = len;
     for extent in extents {
         let part = usize::try_from(extent.len).map_or(left, |part| part.min(left));
         if part == 0 {
             break;
         }
-        let is_hole = extent.kind != ExtentKind::Data && part as u64 >= holes::SHORTEST_HOLE;
-        add(part, is_hole);
+        // Beside another hole it needs no chunk of its own.
+        let is_worth_it = |last: Option<&Run>| {
+            part as u64 >= holes::SHORTEST_HOLE || last.is_some_and(|last| last.is_hole)
+        };
+        let is_hole = extent.kind != ExtentKind::Data && is_worth_it(runs.last());
+        add(&mut runs, part, is_hole);
         left -= part;
     }
     if left > 0 {
-        add(left, false);
+        add(&mut runs, left, false);
     }
     runs
+}
+
+fn add(runs: &mut Vec<Run>, len: usize, is_hole: bool) {
+    match runs.last_mut() {
+        Some(last) if last.is_hole == is_hole => last.len += len,
+        _ => runs.push(Run { len, is_hole }),
+    }
 }
 
 #[cfg(test)]
