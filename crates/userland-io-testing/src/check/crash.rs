@@ -81,7 +81,7 @@ impl History {
         let durable = level == CrashLevel::Sync || mutation.has_fua() || mutation.end < last_flush;
         entry == INITIAL
             || (mutation.took_effect(cell) && durable)
-            || self.first_seen(entry, cell) < last_flush
+            || (level != CrashLevel::Sync && self.first_seen(entry, cell) < last_flush)
     }
 
     /// When a read that returned the value of this mutation, and of no other, first ended.

@@ -264,7 +264,7 @@ impl History {
         let mut seen = Vec::with_capacity(cells.len());
         for (cell, part) in cells.zip(bytes.chunks(self.shape.cell)) {
             let found = self.identify(cell, part);
-            seen.push((cell, self.bind_noise(cell, part, found)));
+            seen.push((cell, self.bind_noise(id, cell, part, found)));
         }
         self.saw(id, seen);
         self.end(id, &Ok(()));
@@ -362,8 +362,13 @@ impl History {
         })
     }
 
-    /// Noise that only one discard can have left is its value from now on.
-    fn bind_noise(&mut self, cell: usize, bytes: &[u8], found: Seen) -> Seen {
+    /// Noise that only one discard can have left, and no mutation in flight, is its value from now on.
+    fn bind_noise(&mut self, read: OpId, cell: usize, bytes: &[u8], found: Seen) -> Seen {
+        let start = self.entries[self.index(read)].start;
+        let mut writers = self.writers[cell].iter();
+        if found == Seen::Noise && writers.any(|&w| self.entries[w].acts_until > start) {
+            return found;
+        }
         let only = {
             let mut noisy = self.noisy(cell);
             noisy.next().filter(|_| noisy.next().is_none())

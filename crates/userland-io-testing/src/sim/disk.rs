@@ -146,9 +146,14 @@ impl SimDisk {
         Self::with(&self.0.world, self.0.config.clone(), state.geometry, store)
     }
 
-    /// The disk, to be opened again after it was closed.
+    /// The disk, to be opened again after it was closed: all is there, unless it is a memory.
     pub fn reopen(&self) -> SimDisk {
-        self.kill()
+        let state = self.state();
+        let store = match state.geometry.crash {
+            CrashLevel::None => state.store.crash(Keep::Nothing, &self.0.world),
+            _ => state.store.kill(&self.0.world),
+        };
+        Self::with(&self.0.world, self.0.config.clone(), state.geometry, store)
     }
 
     /// How many images a crash now could leave: the product over all blocks of their versions.

@@ -69,7 +69,12 @@ pub(super) struct Piece {
     at: usize,
     len: usize,
     bytes: Bytes,
+    /// Bytes of it that a read has shown before it landed, from the unit's start.
+    shown: Option<(usize, usize)>,
 }
+
+/// A torn read shows so many bytes of what is in flight: never a whole block, whatever a block is to the caller.
+const SPLINTER: usize = 8;
 
 #[derive(Debug)]
 struct Pending {
@@ -169,6 +174,7 @@ impl Store {
                     at: inside,
                     len,
                     bytes,
+                    shown: None,
                 });
             }
             at += len as u64;
@@ -339,17 +345,27 @@ impl Store {
         let at = (offset % self.unit as u64) as usize;
         self.look(unit).copy_to(at, to);
         let Some(world) = torn else { return };
-        let flying = self.pending.iter().filter(|p| !p.orphan);
-        let mut flying = flying
-            .flat_map(|p| &p.pieces)
-            .filter(|piece| piece.unit == unit);
-        if let Some(piece) = flying.next()
-            && world.one_in(4)
-        {
-            let seen = world.draw(to.len() as u64 + 1) as usize;
-            let mut all = vec![0; self.unit];
-            self.merged(piece).copy_to(0, &mut all);
-            to[..seen].copy_from_slice(&all[at..at + seen]);
+        let mut whole = vec![0; self.unit];
+        self.current(unit).copy_to(0, &mut whole);
+        let mut torn = false;
+        let flying = self.pending.iter_mut().flat_map(|p| &mut p.pieces);
+        for piece in flying.filter(|piece| piece.unit == unit) {
+            if piece.shown.is_none() && piece.len > 2 * SPLINTER && world.one_in(4) {
+                let start = world.draw((piece.len - SPLINTER) as u64) as usize;
+                piece.shown = Some((start, start + SPLINTER));
+            }
+            // Once a byte was seen it is there.
+            if let Some((start, end)) = piece.shown {
+                let bytes = &mut whole[piece.at + start..piece.at + end];
+                match &piece.bytes {
+                    Bytes::Data(data) => bytes.copy_from_slice(&data[start..end]),
+                    Bytes::Hole | Bytes::Zero => bytes.fill(0),
+                }
+                torn = true;
+            }
+        }
+        if torn {
+            to.copy_from_slice(&whole[at..at + to.len()]);
         }
     }
 

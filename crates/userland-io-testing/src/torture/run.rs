@@ -27,6 +27,8 @@ pub(super) struct Run<'s> {
     pub(super) geometry: Geometry,
     pub(super) history: History,
     seed: u64,
+    /// A future was forgotten since the disk was opened: what it held may stay held.
+    forgot: bool,
     /// Crashes and kills so far.
     pub(super) crashes: u64,
 }
@@ -73,6 +75,7 @@ impl<'s> Run<'s> {
             geometry,
             history: History::new(seed, 1, shape, image),
             seed,
+            forgot: false,
             crashes: 0,
             world,
         })
@@ -86,6 +89,12 @@ impl<'s> Run<'s> {
         self.act(round, stop)?;
         match round.end {
             End::Done => {
+                self.look()?;
+                self.history.check_live()
+            }
+            // What is held by a forgotten future, close would wait for.
+            End::Close if self.forgot => {
+                self.kill()?;
                 self.look()?;
                 self.history.check_live()
             }
@@ -127,7 +136,7 @@ impl<'s> Run<'s> {
             geometry: self.geometry,
             history: RefCell::new(std::mem::replace(&mut self.history, nothing)),
             complaint: RefCell::new(None),
-            forgot: Cell::new(false),
+            forgot: Cell::new(self.forgot),
             may_fail: round.fault.is_some()
                 || self.subject.disks.iter().any(|d| d.capacity.is_some())
                 || self.disks.iter().any(SimDisk::has_failed),
@@ -146,12 +155,13 @@ impl<'s> Run<'s> {
         for disk in &self.disks {
             disk.clear_faults();
         }
+        self.forgot = desk.forgot.get();
         self.history = desk.history.into_inner();
         if let Some(complaint) = desk.complaint.into_inner() {
             return Err(complaint);
         }
         self.check_edge()?;
-        if end == Step::Stuck && !desk.forgot.get() {
+        if end == Step::Stuck && !self.forgot {
             let open = self.history.unanswered(first);
             let what = format!("the disk is idle, but these never answer: {open}");
             return Err(Verdict::new(Clause::Operation, what));
@@ -170,6 +180,10 @@ impl<'s> Run<'s> {
     /// Reads the whole window, as a client.
     fn look(&mut self) -> Result<(), Verdict> {
         let shape = self.history.shape();
+        if self.forgot {
+            self.kill()?;
+            return self.look();
+        }
         let id = self.history.start(0, Request::Read(0..shape.cells()));
         match read_image(&self.world, &self.fronts[0], shape) {
             Ok(image) => self.history.end_read(id, &Ok(image)),
@@ -229,6 +243,7 @@ impl<'s> Run<'s> {
 
     fn reopen(&mut self) -> Result<(), Verdict> {
         let opened = open(self.subject, &self.world, &self.disks)?;
+        self.forgot = false;
         self.fronts =
             opened.ok_or_else(|| Verdict::new(Clause::Operation, "opening never ends"))?;
         self.check_edge()
