@@ -11,10 +11,12 @@
 //! * [`check`]: the history of a disk and the verdicts on it.
 //! * [`mod@reference`]: three engines, one for each crash level, written to be read.
 //! * [`script`]: what the clients of a disk do, as a value, as text, at random.
+//! * [`mod@conformance`]: the suite for any engine, one line for its author.
 //! * [`torture`]: runs scripts against a [`Subject`], at random or exhaustively, and shrinks what fails.
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod conformance;
 pub mod reference;
 pub mod script;
 pub mod sim;

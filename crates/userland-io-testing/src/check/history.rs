@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 
-use userland_io::{Discard, Error, ErrorKind, ExtentKind, Extents, WriteFlags};
+use userland_io::{Discard, Error, ErrorKind, ExtentKind, Extents, Features, Geometry, WriteFlags};
 
 use super::stamp::Stamp;
 
@@ -28,6 +28,20 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// The first `most` cells of a disk, or all there are. A cell is `cell` bytes long, or a logical block,
+    /// but at least 32 bytes.
+    pub fn of(geometry: &Geometry, cell: Option<usize>, most: usize) -> Self {
+        let block = geometry.logical_block_size as usize;
+        let cell = cell.unwrap_or(block.max(32)).max(1);
+        Shape {
+            cell,
+            len: geometry.size.min((cell * most) as u64) as usize,
+            whole: block.is_multiple_of(cell),
+            atomic_reads: geometry.features.contains(Features::ATOMIC_READS),
+            atomic_cells: geometry.atomic_write_unit as usize / cell,
+        }
+    }
+
     /// How many cells there are.
     pub fn cells(&self) -> usize {
         self.len.div_ceil(self.cell.max(1))

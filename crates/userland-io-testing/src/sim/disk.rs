@@ -1,8 +1,10 @@
 //! A disk that can crash: the engine at the bottom of a simulated stack.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use userland_io::{
@@ -87,6 +89,9 @@ struct State {
     faults: Vec<(Call, ErrorKind)>,
     latched: bool,
     closed: bool,
+    /// The largest size it had: a caller may not have seen yet that it shrank.
+    largest: u64,
+    watchers: Vec<Waker>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -124,6 +129,8 @@ impl SimDisk {
                 faults: Vec::new(),
                 latched: false,
                 closed: false,
+                largest: geometry.size,
+                watchers: Vec::new(),
             }),
         }))
     }
@@ -206,7 +213,11 @@ impl SimDisk {
     pub fn resize(&self, size: u64) {
         let mut state = self.state();
         state.geometry.size = size;
+        state.largest = state.largest.max(size);
         state.store.resize(size);
+        let waiting = std::mem::take(&mut state.watchers);
+        drop(state);
+        waiting.into_iter().for_each(Waker::wake);
     }
 
     /// The world it is in.
@@ -257,8 +268,7 @@ impl SimDisk {
         } else if range.start >= range.end {
             "an empty range"
         } else if range.end > geometry.size {
-            // A caller may not have seen yet that the disk shrank.
-            if range.end <= self.0.config.geometry.size {
+            if range.end <= state.largest {
                 return Err(ErrorKind::OutOfRange.into());
             }
             "outside the disk"
@@ -536,6 +546,18 @@ impl Engine for SimDisk {
             at = end;
         }
         Ok(())
+    }
+
+    async fn changed(&self, seen: Geometry) -> Geometry {
+        poll_fn(|cx| {
+            let mut state = self.state();
+            if state.geometry != seen {
+                return Poll::Ready(state.geometry);
+            }
+            state.watchers.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
     }
 
     async fn close(&self) -> Result {

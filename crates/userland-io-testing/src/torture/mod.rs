@@ -1,5 +1,6 @@
 //! Runs scripts against a stack: at random, or all there are of a small kind.
 
+pub(crate) mod desk;
 mod exhaustive;
 mod run;
 mod shrink;

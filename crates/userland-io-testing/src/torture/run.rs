@@ -1,19 +1,15 @@
 //! One script against one subject, from the first opening to the last verdict.
 
 use std::cell::{Cell, RefCell};
-use std::future::{Future, poll_fn};
-use std::ops::Range;
-use std::pin::Pin;
-use std::task::Poll;
 
 use userland_io::{
-    AnyEngine, Checked, CrashLevel, Discard, Engine, ErrorKind, Extents, Features, Geometry,
-    ReadBuf, Result, WriteBuf, WriteFlags,
+    AnyEngine, Checked, CrashLevel, Engine, ErrorKind, Features, Geometry, ReadBuf, Result,
 };
 
 use super::Subject;
-use crate::check::{Clause, History, OpId, Request, Shape, Verdict};
-use crate::script::{Abandon, Action, End, Op, Round, Script};
+use super::desk::{Desk, left_alone, unread};
+use crate::check::{Clause, History, Request, Shape, Verdict};
+use crate::script::{End, Round, Script};
 use crate::sim::{Executor, Keep, SimDisk, Step, World};
 
 /// The longest window that is looked at, in cells.
@@ -344,16 +340,7 @@ fn open(subject: &Subject, world: &World, disks: &[SimDisk]) -> Result<Option<Fr
 }
 
 fn shape_of(subject: &Subject, geometry: &Geometry) -> Shape {
-    let block = geometry.logical_block_size as usize;
-    let cell = subject.cell.unwrap_or(block.max(32));
-    let len = geometry.size.min((cell * MOST_CELLS) as u64) as usize;
-    Shape {
-        cell,
-        len,
-        whole: block.is_multiple_of(cell),
-        atomic_reads: geometry.features.contains(Features::ATOMIC_READS),
-        atomic_cells: geometry.atomic_write_unit as usize / cell,
-    }
+    Shape::of(geometry, subject.cell, MOST_CELLS)
 }
 
 fn read_image(world: &World, front: &Checked<AnyEngine>, shape: Shape) -> Result<Vec<u8>, Verdict> {
@@ -375,191 +362,5 @@ fn read_image(world: &World, front: &Checked<AnyEngine>, shape: Shape) -> Result
             Err(Verdict::new(Clause::Operation, what))
         }
         None => Err(Verdict::new(Clause::Operation, "a read never answers")),
-    }
-}
-
-/// Memory for a read, filled with a pattern that no disk holds: what the read leaves alone must not pass for content.
-fn unread(world: &World, len: usize) -> (Vec<u8>, [u8; 8]) {
-    let pattern = world.draw(u64::MAX).to_le_bytes();
-    (pattern.iter().copied().cycle().take(len).collect(), pattern)
-}
-
-/// Where a read left the pattern in place.
-fn left_alone(bytes: &[u8], pattern: [u8; 8]) -> Option<usize> {
-    let at = bytes.chunks_exact(8).position(|chunk| chunk == pattern)?;
-    Some(at * 8)
-}
-
-/// Where the clients of a round meet.
-struct Desk<'a> {
-    world: &'a World,
-    geometry: Geometry,
-    history: RefCell<History>,
-    complaint: RefCell<Option<Verdict>>,
-    forgot: Cell<bool>,
-    may_fail: bool,
-}
-
-impl Desk<'_> {
-    async fn client<'a>(
-        &self,
-        front: &Checked<AnyEngine>,
-        client: usize,
-        actions: impl Iterator<Item = &'a Action>,
-    ) {
-        for action in actions {
-            let Some(request) = self.request(action.op) else {
-                continue;
-            };
-            let id = self.history.borrow_mut().start(client, request.clone());
-            let work = self.work(front, id, request);
-            match action.abandon {
-                None => work.await,
-                Some(abandon) => self.give_up(id, work, abandon).await,
-            }
-            self.world.pause().await;
-        }
-    }
-
-    /// Polls `work` so often, and then no more.
-    async fn give_up(&self, id: OpId, work: impl Future<Output = ()>, abandon: Abandon) {
-        let mut work: Pin<Box<dyn Future<Output = ()> + '_>> = Box::pin(work);
-        let mut polls = abandon.polls;
-        let answered = poll_fn(|cx| {
-            if polls == 0 {
-                return Poll::Ready(false);
-            }
-            polls -= 1;
-            match work.as_mut().poll(cx) {
-                Poll::Ready(()) => Poll::Ready(true),
-                Poll::Pending => {
-                    // Nobody else may ever wake what is about to be given up.
-                    cx.waker().wake_by_ref();
-                    Poll::Pending
-                }
-            }
-        });
-        if answered.await {
-            return;
-        }
-        self.history.borrow_mut().abandon(id);
-        if abandon.forget {
-            std::mem::forget(work);
-            self.forgot.set(true);
-            self.world.note_forgotten();
-        }
-    }
-
-    /// What an operation of a script is on this disk, if it has it.
-    fn request(&self, op: Op) -> Option<Request> {
-        let cells = self.history.borrow().shape().cells();
-        let place = |at: u16, len: u16| -> Range<usize> {
-            let at = usize::from(at) % cells.max(1);
-            at..(at + usize::from(len).max(1)).min(cells)
-        };
-        let read_only = self.geometry.is_read_only();
-        let request = match op {
-            Op::Read(at, len) => Request::Read(place(at, len)),
-            Op::Extents(at, len) => Request::Extents(place(at, len)),
-            Op::Flush => Request::Flush,
-            _ if read_only => return None,
-            Op::Write(at, len, flags) => Request::Write(place(at, len), flags & WriteFlags::FUA),
-            Op::Zeroes(at, len, flags) => Request::Zeroes(place(at, len), flags),
-            Op::Discard(..) if self.geometry.discard == Discard::None => return None,
-            Op::Discard(at, len) => self.discard(place(at, len)),
-        };
-        Some(request)
-    }
-
-    /// A discard's edges are trimmed to whole granules, of which the last may be short.
-    fn discard(&self, cells: Range<usize>) -> Request {
-        let shape = self.history.borrow().shape();
-        let bytes = shape.bytes(cells);
-        let granule = self.geometry.discard_granule() as usize;
-        let start = bytes.start.next_multiple_of(granule);
-        let end = match bytes.end as u64 == self.geometry.size {
-            true => bytes.end,
-            false => bytes.end - bytes.end % granule,
-        };
-        let inner = match start < end {
-            true => start.div_ceil(shape.cell)..(end / shape.cell).max(start.div_ceil(shape.cell)),
-            false => 0..0,
-        };
-        let inner = match end == shape.len && start < end {
-            true => inner.start..shape.cells(),
-            false => inner,
-        };
-        // Exactly the granules: the edges are no business of the discard's.
-        let touched = match start < end {
-            true => start / shape.cell..end.div_ceil(shape.cell),
-            false => 0..0,
-        };
-        Request::Discard(touched, inner, self.geometry.discard)
-    }
-
-    /// Does the request, and notes what came of it.
-    async fn work(&self, front: &Checked<AnyEngine>, id: OpId, request: Request) {
-        let shape = self.history.borrow().shape();
-        let bytes = shape.bytes(request.cells());
-        let offset = bytes.start as u64;
-        let range = offset..bytes.end as u64;
-        let mut allowed = false;
-        let result = match &request {
-            Request::Read(_) => {
-                let (mut memory, pattern) = unread(self.world, bytes.len());
-                let result = front.read(&mut ReadBuf::new(&mut memory), offset).await;
-                self.complain(id, &result, false);
-                if result.is_ok()
-                    && let Some(at) = left_alone(&memory, pattern)
-                {
-                    let at = offset + at as u64;
-                    let what =
-                        format!("#{id}, a read of {range:?}, did not fill its buffer: not at {at}");
-                    self.note(Verdict::new(Clause::Operation, what));
-                }
-                let result = result.map(|()| memory);
-                return self.history.borrow_mut().end_read(id, &result);
-            }
-            Request::Extents(_) => {
-                let mut out = Extents::new(16);
-                let result = front.extents(range.clone(), &mut out).await;
-                self.complain(id, &result, false);
-                if result.is_ok() && (out.covered() == 0 || out.covered() > range.end - offset) {
-                    let what = format!(
-                        "the extents of {range:?} cover {} bytes: {out:?}",
-                        out.covered()
-                    );
-                    self.note(Verdict::new(Clause::Operation, what));
-                }
-                let result = result.map(|()| out);
-                return self.history.borrow_mut().end_extents(id, &result);
-            }
-            Request::Write(_, flags) => {
-                let content = self.history.borrow().content(id);
-                front.write(&WriteBuf::new(&content), offset, *flags).await
-            }
-            Request::Zeroes(_, flags) => {
-                allowed = flags.contains(WriteFlags::FAST_ONLY);
-                front.write_zeroes(range, *flags).await
-            }
-            Request::Discard(..) => front.discard(range).await,
-            Request::Flush | Request::Close => front.flush().await,
-        };
-        self.complain(id, &result, allowed);
-        self.history.borrow_mut().end(id, &result);
-    }
-
-    /// An error for which nothing below gave a reason.
-    fn complain(&self, id: OpId, result: &Result, unsupported_allowed: bool) {
-        let Err(error) = result else { return };
-        let refused = unsupported_allowed && error.kind() == ErrorKind::Unsupported;
-        if !self.may_fail && !refused {
-            let what = format!("#{id} failed, though nothing below it did: {error}");
-            self.note(Verdict::new(Clause::Operation, what));
-        }
-    }
-
-    fn note(&self, verdict: Verdict) {
-        self.complaint.borrow_mut().get_or_insert(verdict);
     }
 }
