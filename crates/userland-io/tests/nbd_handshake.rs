@@ -837,6 +837,17 @@ async fn silent_and_dawdling_clients_are_cut_off() {
     server.shutdown().await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_silent_handshake_has_ten_seconds_by_default() {
+    let (server, port) = serve(Limits::default()).await;
+    let start = tokio::time::Instant::now();
+    let greeting = read_all(&mut connect(port).await).await;
+    assert_eq!(greeting.len(), Greeting::LEN);
+    let took = start.elapsed().as_secs();
+    assert!((10..20).contains(&took), "{took} s");
+    server.shutdown().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_client_that_never_reads_is_cut_off() {
     let mut limits = Limits::default();

@@ -314,3 +314,28 @@ async fn requests_of_no_bytes_succeed_where_they_mean_something() {
         peer.leave().await;
     }
 }
+
+#[tokio::test]
+async fn a_flush_on_one_connection_covers_what_another_wrote() {
+    let (rig, device) = rig(MIB as u64).await;
+    let mut writer = Peer::new(&device, session(MODES[1], MIB as u64));
+    let mut flusher = Peer::new(&device, session(MODES[2], MIB as u64));
+    assert_eq!(writer.write(512, &[1; 512]).await.error, 0);
+    assert_eq!(flusher.call(cmd::FLUSH, NONE, 0, 0, &[]).await.error, 0);
+    assert_eq!(rig.taken(), ["write 512+512 0", "flush"]);
+    assert_eq!(flusher.read(512, 512).await.data, [1; 512]);
+    writer.leave().await;
+    flusher.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_may_be_silent_for_a_week() {
+    for mode in MODES {
+        let (_, device) = rig(MIB as u64).await;
+        let mut peer = Peer::new(&device, session(mode, MIB as u64));
+        assert_eq!(peer.write(0, &[1; 512]).await.error, 0);
+        tokio::time::sleep(Duration::from_secs(7 * 24 * 3600)).await;
+        assert_eq!(peer.read(0, 512).await.data, [1; 512]);
+        peer.leave().await;
+    }
+}
