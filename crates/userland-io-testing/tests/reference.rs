@@ -58,6 +58,21 @@ fn no_false_alarm_with_errors_and_abandoned_futures() {
 }
 
 #[test]
+fn no_false_alarm_on_slow_disks_that_fill_up() {
+    for mut subject in subjects() {
+        subject.each_disk(|disk| {
+            disk.delay = std::time::Duration::from_millis(10);
+            disk.capacity = Some(disk.geometry.size / 2);
+        });
+        let torture = Torture::new(&subject).hostile();
+        match torture.seeds(seeds(3_000)).run() {
+            Ok(report) => println!("{}, slow and full: {report}", subject.name()),
+            Err(failure) => panic!("{failure}"),
+        }
+    }
+}
+
+#[test]
 fn every_image_of_every_crash_point_is_legal() {
     for subject in subjects() {
         let scope = Scope {

@@ -411,7 +411,7 @@ impl History {
     }
 
     /// What `writer` put into the cell.
-    fn bytes_of(&self, writer: usize, cell: usize) -> Vec<u8> {
+    pub(super) fn bytes_of(&self, writer: usize, cell: usize) -> Vec<u8> {
         let range = self.shape.bytes(cell..cell + 1);
         if writer == INITIAL {
             return self.initial[range].to_vec();

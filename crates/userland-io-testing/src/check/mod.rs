@@ -17,3 +17,6 @@ mod verdict;
 
 pub use history::{History, OpId, Request, Shape};
 pub use verdict::{Clause, Verdict};
+
+#[cfg(test)]
+mod tests;

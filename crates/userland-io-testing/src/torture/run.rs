@@ -153,10 +153,10 @@ impl<'s> Run<'s> {
         }
         self.forgot = desk.forgot.get();
         self.history = desk.history.into_inner();
+        self.check_edge()?;
         if let Some(complaint) = desk.complaint.into_inner() {
             return Err(complaint);
         }
-        self.check_edge()?;
         if end == Step::Stuck && !self.forgot {
             let open = self.history.unanswered(first);
             let what = format!("the disk is idle, but these never answer: {open}");
