@@ -14,3 +14,6 @@ pub use disk::{AfterFailedFlush, DiskConfig, SimDisk};
 pub use executor::{Executor, Step};
 pub use store::{Keep, Tail};
 pub use world::World;
+
+#[cfg(test)]
+mod tests;

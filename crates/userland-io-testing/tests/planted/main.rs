@@ -3,6 +3,7 @@
 //! Prints a table: how many seeds it took, how many of a thousand show it, and what a run costs.
 
 mod cache;
+mod journal;
 mod log;
 mod map;
 mod pass;
@@ -43,6 +44,7 @@ pub(crate) enum Bug {
     SyncWithoutFlush,
     TornUnit,
     FlushErrorSwallowed,
+    RecoveryWithoutFlush,
 }
 
 #[derive(Clone, Copy)]
@@ -52,9 +54,10 @@ enum Vehicle {
     Map,
     Overlay,
     Log,
+    Journal,
 }
 
-const BUGS: [(Bug, Vehicle, &[Clause]); 24] = {
+const BUGS: [(Bug, Vehicle, &[Clause]); 25] = {
     use Bug::*;
     use Clause::*;
     [
@@ -82,6 +85,7 @@ const BUGS: [(Bug, Vehicle, &[Clause]); 24] = {
         (SyncWithoutFlush, Vehicle::Pass, &[Sync]),
         (TornUnit, Vehicle::Pass, &[Tearing]),
         (FlushErrorSwallowed, Vehicle::Pass, &[Flush]),
+        (RecoveryWithoutFlush, Vehicle::Journal, &[Recovery, Sync]),
     ]
 };
 
@@ -112,13 +116,19 @@ fn subject(vehicle: Vehicle, bug: Bug) -> Subject {
                 map::Map::open(disks, bug)
             })
         }
+        Vehicle::Journal => {
+            Subject::new(name, disk(8), move |disk| journal::Journal::open(disk, bug))
+        }
         Vehicle::Log => Subject::new(name, disk(200), move |disk| log::Log::open(disk, bug)),
     }
 }
 
 fn mix(vehicle: Vehicle, bug: Bug) -> Mix {
-    // What is in doubt after an error or a dropped future these two do not care to know.
-    let simple = matches!(vehicle, Vehicle::Map | Vehicle::Overlay | Vehicle::Log);
+    // What is in doubt after an error or a dropped future these do not care to know.
+    let simple = matches!(
+        vehicle,
+        Vehicle::Map | Vehicle::Overlay | Vehicle::Log | Vehicle::Journal
+    );
     let mut mix = match simple {
         true => Mix::default(),
         false => Mix::hostile(),
@@ -181,6 +191,7 @@ fn without_its_bug_no_vehicle_alarms() {
         Vehicle::Map,
         Vehicle::Overlay,
         Vehicle::Log,
+        Vehicle::Journal,
     ] {
         let subject = subject(vehicle, Bug::None);
         let torture = Torture::new(&subject).mix(mix(vehicle, Bug::None));
