@@ -110,22 +110,33 @@ impl<E: Engine> Checked<E> {
 
     fn is_aligned(&self, range: &Range<u64>) -> bool {
         let mask = self.block() - 1;
-        range.start & mask == 0 && (range.end & mask == 0 || range.end == self.size())
+        range.start & mask == 0 && (range.end & mask == 0 || self.is_end(range.end))
+    }
+
+    /// True if the disk ends at `at`: a part of a block there is all there is of it. Asked anew, because a disk
+    /// that has grown since ends elsewhere, and this is no whole block any more.
+    fn is_end(&self, at: u64) -> bool {
+        at == self.geometry().size
     }
 
     /// The blocks that `range` touches.
     fn round_out(&self, range: &Range<u64>) -> Range<u64> {
         let mask = self.block() - 1;
-        // Sizes are below 2^63 and blocks at most 1 MiB, so this cannot overflow.
-        range.start & !mask..((range.end + mask) & !mask).min(self.size().max(range.end))
+        // Sizes are below 2^63 and blocks at most 64 KiB, so this cannot overflow.
+        let end = (range.end + mask) & !mask;
+        range.start & !mask..match end == range.end {
+            true => end,
+            false => end.min(self.geometry().size.max(range.end)),
+        }
     }
 
     /// The units of `unit` bytes that `range` covers whole. The one at the disk's end may be shorter.
     fn round_in(&self, range: &Range<u64>, unit: u64) -> Range<u64> {
         let start = range.start.next_multiple_of(unit);
-        let end = match range.end == self.size() {
-            true => range.end,
-            false => range.end - range.end % unit,
+        let end = match range.end % unit {
+            0 => range.end,
+            _ if self.is_end(range.end) => range.end,
+            part => range.end - part,
         };
         start..end.max(start)
     }

@@ -214,6 +214,36 @@ async fn a_grown_disk_is_noticed_and_a_read_only_one_left_alone() {
 }
 
 #[tokio::test]
+async fn where_a_disk_ended_before_it_grew_a_block_is_whole_again() {
+    let grow = |engine: &Handle| {
+        engine.0.geometry.lock().unwrap().size = 200;
+        engine.0.bytes.lock().unwrap().resize(200, 0xbb);
+    };
+    let mut geometry = blocks();
+    geometry.discard = Discard::Zeroes;
+    geometry.features |= Features::WRITE_ZEROES;
+    for request in 0..4 {
+        // Nobody has asked for the geometry since.
+        let (engine, disk) = edge(geometry);
+        grow(&engine);
+        match request {
+            0 => disk.read(&mut ReadBuf::new(&mut [0; 4]), 96).await,
+            1 => write(&disk, &[1; 4], 96, PLAIN).await,
+            2 => disk.write_zeroes(96..100, PLAIN).await,
+            _ => disk.discard(88..100).await,
+        }
+        .unwrap();
+        let whole = [Read(96, 8), Write(96, 8, PLAIN)];
+        match request {
+            0 => assert_eq!(engine.calls(), whole[..1]),
+            1 | 2 => assert_eq!(engine.calls(), whole),
+            _ => assert_eq!(engine.calls(), [Trim(88..96)]),
+        }
+        assert_eq!(engine.bytes()[100..], [0xbb; 100]);
+    }
+}
+
+#[tokio::test]
 async fn long_requests_are_split_at_the_limits() {
     let mut geometry = blocks();
     geometry.max_transfer = 16;
