@@ -278,6 +278,41 @@ async fn after_a_loss_comes_first_what_completed_then_what_was_on_its_way() {
     within(flush).await.unwrap().unwrap();
 }
 
+/// The write may have acted on the server that was lost, and somebody may have read it there. The replay puts
+/// older bytes over it, which nobody may see.
+#[tokio::test]
+async fn a_read_waits_for_the_write_that_was_on_its_way_when_the_server_was_lost() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let (client, mut conn) = pair(&fake, Client::builder(&fake.uri())).await;
+    written(&client, &mut conn, 0, 1).await;
+    // Gives the read below a place before the write's.
+    let elsewhere = start_read(&client, 4096);
+    let (request, _) = conn.request().await.unwrap();
+    let writing = start_write(&client, 0, 2);
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::WRITE);
+    conn.data(&request, &[0; 512]).await;
+    within(elsewhere).await.unwrap().unwrap();
+    let reading = start_read(&client, 0);
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::READ);
+    drop(conn);
+
+    let mut conn = fake.accept().await;
+    for byte in [1, 2] {
+        let (request, payload) = conn.request().await.unwrap();
+        assert_eq!((request.command, payload), (cmd::WRITE, vec![byte; 512]));
+        assert!(
+            conn.is_quiet().await,
+            "it did not wait for the write of {byte}"
+        );
+        conn.done(&request).await;
+    }
+    within(writing).await.unwrap().unwrap();
+    let (request, _) = conn.request().await.unwrap();
+    assert_eq!(request.command, cmd::READ);
+    conn.data(&request, &[2; 512]).await;
+    assert_eq!(within(reading).await.unwrap().unwrap(), [2; 512]);
+}
+
 #[tokio::test]
 async fn what_completed_while_a_flush_ran_is_told_again() {
     let fake = Fake::new(ReplyMode::Structured).await;

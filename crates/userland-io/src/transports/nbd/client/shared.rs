@@ -5,6 +5,8 @@
 //! * overlapping mutations are never in flight together, so their order is known, and a mutation
 //!   that is sent again cannot pass a later one;
 //! * a completed mutation enters the journal before its caller hears of it;
+//! * what is sent again goes before all else: it may have acted, and been seen, at the server that was
+//!   lost, and the journal has put older bytes in its place;
 //! * a flush retires only what had completed when it began;
 //! * what cannot be vouched for any more latches: see [`Phase::Failed`].
 
@@ -57,6 +59,8 @@ struct State {
     /// Their numbers.
     numbers: BTreeSet<u64>,
     next_number: u64,
+    /// The numbers of those that are sent again. Nothing else is sent until they have ended.
+    again: BTreeSet<u64>,
     journal: Journal,
     /// A flush of our own is on its way.
     upkeep: bool,
@@ -94,6 +98,7 @@ impl Shared {
                 ranges: BTreeMap::new(),
                 numbers: BTreeSet::new(),
                 next_number: 0,
+                again: BTreeSet::new(),
                 journal: Journal::default(),
                 upkeep: false,
                 stuck: None,
@@ -338,6 +343,9 @@ impl Shared {
         {
             self.settle(state, &op, Err(failed()));
         } else {
+            if op.kind.is_mutation() {
+                state.again.insert(op.number);
+            }
             self.place(state, op);
         }
     }
@@ -398,9 +406,7 @@ impl Shared {
             state.phase = Phase::Down("the connection was lost again".to_owned());
             self.event.notify_one();
         }
-        for op in std::mem::take(&mut state.queue) {
-            self.place(&mut state, op);
-        }
+        self.place_queue(&mut state);
         self.make_room(&mut state, false);
     }
 
@@ -428,6 +434,7 @@ impl Shared {
         let mut op = op;
         if let Phase::Up = state.phase
             && state.renew.is_none()
+            && state.may_go(&op)
         {
             for _ in 0..state.conns.len() {
                 state.turn = (state.turn + 1) % state.conns.len();
@@ -438,6 +445,13 @@ impl Shared {
             }
         }
         state.queue.push_back(op);
+    }
+
+    /// Places anew what waits.
+    fn place_queue(&self, state: &mut State) {
+        for op in std::mem::take(&mut state.queue) {
+            self.place(state, op);
+        }
     }
 
     /// The error that new requests get, if they do.
@@ -476,6 +490,9 @@ impl Shared {
                 if result.is_ok() {
                     self.record(state, op);
                     self.make_room(state, false);
+                }
+                if state.again.remove(&op.number) && state.again.is_empty() {
+                    self.place_queue(state);
                 }
                 self.ended.notify_waiters();
                 // Whoever waits for room looks again: there is something to flush now.
@@ -582,5 +599,10 @@ impl State {
         self.next_number += 1;
         self.numbers.insert(op.number);
         true
+    }
+
+    /// False for what has to wait for the mutations that are sent again.
+    fn may_go(&self, op: &Op) -> bool {
+        self.again.is_empty() || op.kind.is_mutation() && self.again.contains(&op.number)
     }
 }
