@@ -1,0 +1,38 @@
+//! The library's engines pass the suite.
+
+use userland_io::engines::{File, Memory, Null, Pattern};
+use userland_io::layers::{Offset, ReadOnly};
+use userland_io::{EngineExt, Result};
+use userland_io_testing::conformance::{all, block_on, close_keeps_what_was_written};
+
+userland_io_testing::conformance!(pattern, async || Ok(Pattern::new(1_000_003)));
+
+userland_io_testing::conformance!(read_only_memory, async || Memory::new(1 << 20)
+    .layer(ReadOnly));
+
+userland_io_testing::conformance!(window_of_a_memory, async || Memory::new(1 << 20)
+    .layer(Offset::new(4097).size(333_333)));
+
+#[test]
+fn null_does_what_it_says() {
+    // It forgets what is written, which is what it is for: the rest of the suite is not for it.
+    let open = async || -> Result<Null> { Ok(Null::new(1 << 20)) };
+    block_on(userland_io_testing::conformance::geometry_is_truthful(open)).unwrap();
+}
+
+#[test]
+fn a_file_passes_buffered_and_direct() {
+    for (size, direct) in [(5 << 20, false), (123_457, false), (5 << 20, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        let open =
+            async || -> Result<File> { File::open(path.clone()).size(size).direct(direct).await };
+        let checked = block_on(async {
+            all(&open).await?;
+            close_keeps_what_was_written(&open).await
+        });
+        if let Err(verdict) = checked {
+            panic!("{size} bytes, direct: {direct}: {verdict}");
+        }
+    }
+}
