@@ -281,6 +281,46 @@ async fn those_who_hoard_leave_the_others_their_allowance() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_takes_no_replies_leaves_the_line_for_memory() {
+    let (rig, device) = rig(64 << 20).await;
+    let (shutdown, environment) = limits(|limits| limits.max_server_bytes = 4 << 20);
+    let mut peer = || {
+        Peer::with(
+            &device,
+            session(MODES[0], 64 << 20),
+            shutdown.clone(),
+            environment.clone(),
+        )
+    };
+    // All there is to borrow is one client's, for a payload that it has not sent yet.
+    let mut first = peer();
+    let (_, head) = first.head(cmd::WRITE, NONE, 0, 5 << 20);
+    first.writer.write_all(&head).await.unwrap();
+    settle().await;
+    // The next in line has replies coming, and reads none of them.
+    let mut second = peer();
+    *rig.delay.lock().unwrap() = Duration::from_millis(10);
+    for i in 0..3 {
+        second.send(cmd::READ, NONE, i << 20, 1 << 18, &[]).await;
+    }
+    second.send(cmd::READ, NONE, 0, 2 << 20, &[]).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    first.writer.write_all(&vec![1; 5 << 20]).await.unwrap();
+    assert_eq!(first.receive().await.1.error, 0);
+    // What comes free is not kept for it.
+    let mut third = peer();
+    let reading = third.read(0, 4 << 20);
+    let answer = tokio::time::timeout(Duration::from_secs(1), reading).await;
+    assert_eq!(answer.expect("it waits for ever").error, 0);
+    for _ in 0..4 {
+        assert_eq!(second.receive().await.1.error, 0);
+    }
+    for peer in [first, second, third] {
+        peer.leave().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn writes_in_flight_at_the_limit_do_not_stop_the_connection() {
     let (rig, device) = rig(64 << 20).await;
     let (shutdown, environment) = limits(|limits| {

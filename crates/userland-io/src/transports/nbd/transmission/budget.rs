@@ -125,6 +125,13 @@ impl Account {
         }
     }
 
+    /// Leaves the line for the server's bytes, and leaves those that have come to it meanwhile to others.
+    pub(super) fn stop_waiting(&mut self) {
+        if self.acquire.take().is_some() {
+            self.budget.inner.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
     /// Gives `bytes` back.
     pub(super) fn give(&mut self, bytes: usize) {
         self.used = self.used.saturating_sub(bytes);
@@ -154,11 +161,9 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        let inner = &self.budget.inner;
-        if self.acquire.take().is_some() {
-            inner.waiting.fetch_sub(1, Ordering::Relaxed);
-        }
-        inner.permits.add_permits(self.borrowed as usize);
+        self.stop_waiting();
+        let permits = &self.budget.inner.permits;
+        permits.add_permits(self.borrowed as usize);
     }
 }
 

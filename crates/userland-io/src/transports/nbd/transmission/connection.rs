@@ -293,6 +293,10 @@ where
         if wants != Wants::Nothing || self.state != State::Serving {
             self.is_long_reads_turn = true;
         }
+        // Who takes no replies gets no further, and nobody would look after what the line brings it.
+        if !self.has_room() {
+            self.account.stop_waiting();
+        }
         // A turn that came after the long reads were asked in this round.
         let after = (self.is_long_reads_turn, self.long_reads.len());
         *moved |= after != before && after.1 > 0;
