@@ -284,7 +284,7 @@ async fn those_who_hoard_leave_the_others_their_allowance() {
 async fn who_takes_no_replies_leaves_the_line_for_memory() {
     let (rig, device) = rig(64 << 20).await;
     let (shutdown, environment) = limits(|limits| limits.max_server_bytes = 4 << 20);
-    let mut peer = || {
+    let peer = || {
         Peer::with(
             &device,
             session(MODES[0], 64 << 20),
