@@ -365,21 +365,29 @@ async fn without_a_journal_a_loss_ends_the_client_unless_all_was_flushed() {
 
 #[tokio::test]
 async fn another_disk_in_its_place_is_refused_for_good() {
-    let mut fake = Fake::new(ReplyMode::Structured).await;
-    let (client, conn) = pair(&fake, Client::builder(&fake.uri())).await;
-    fake.size = 2 << 20;
-    drop(conn);
-    let reading = start_read(&client, 0);
-    let _conn = fake.accept().await;
-    let error = within(reading).await.unwrap().unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .contains("its size was 1048576 and is 2097152"),
-        "{error}"
-    );
-    let later = within(client.flush()).await.unwrap_err();
-    assert!(later.to_string().contains("opened anew"), "{later}");
+    type Change = fn(&mut Fake);
+    let changes: [(Change, &str); 2] = [
+        (
+            |fake| fake.size = 2 << 20,
+            "its size was 1048576 and is 2097152",
+        ),
+        (
+            |fake| fake.flags -= TransmissionFlags::SEND_FUA,
+            "its flags were",
+        ),
+    ];
+    for (change, said) in changes {
+        let mut fake = Fake::new(ReplyMode::Structured).await;
+        let (client, conn) = pair(&fake, Client::builder(&fake.uri())).await;
+        change(&mut fake);
+        drop(conn);
+        let reading = start_read(&client, 0);
+        let _conn = fake.accept().await;
+        let error = within(reading).await.unwrap().unwrap_err();
+        assert!(error.to_string().contains(said), "{error}");
+        let later = within(client.flush()).await.unwrap_err();
+        assert!(later.to_string().contains("opened anew"), "{later}");
+    }
 }
 
 #[tokio::test]
