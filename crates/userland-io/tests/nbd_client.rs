@@ -3,6 +3,8 @@
 
 mod nbd_peers;
 
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nbd_peers::{Fake, Peer, within};
@@ -11,8 +13,8 @@ use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::ReplyMode;
 use userland_io::transports::nbd::{Client, ConnectError, Server};
 use userland_io::{
-    CrashLevel, Device, Discard, Engine, ErrorKind, ExtentKind, Extents, Features, ReadBuf, Result,
-    WriteBuf, WriteFlags,
+    CrashLevel, Device, Discard, Engine, ErrorKind, ExtentKind, Extents, Features, Geometry,
+    ReadBuf, Result, WriteBuf, WriteFlags,
 };
 
 async fn write<E: Engine>(engine: &E, offset: u64, bytes: &[u8], flags: WriteFlags) -> Result {
@@ -173,6 +175,116 @@ async fn our_own_server_holds_what_a_model_holds() {
         );
         within(server.shutdown()).await.unwrap();
     }
+}
+
+/// A memory disk that notes what it is asked.
+#[derive(Clone)]
+struct Recorder(Arc<(Memory, Mutex<Vec<String>>)>);
+
+impl Recorder {
+    fn note(&self, call: String) {
+        self.0.1.lock().unwrap().push(call);
+    }
+    fn taken(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.1.lock().unwrap())
+    }
+}
+
+impl Engine for Recorder {
+    fn geometry(&self) -> Geometry {
+        let mut geometry = self.0.0.geometry();
+        geometry.features = Features::FUA | Features::WRITE_ZEROES;
+        geometry
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        self.note(format!("read {offset}+{}", buf.len()));
+        self.0.0.read(buf, offset).await
+    }
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
+        self.note(format!("write {offset}+{} {flags:?}", buf.len()));
+        self.0.0.write(buf, offset, WriteFlags::empty()).await
+    }
+    async fn flush(&self) -> Result {
+        self.note("flush".into());
+        Ok(())
+    }
+    async fn discard(&self, range: Range<u64>) -> Result {
+        self.note(format!("discard {range:?}"));
+        self.0.0.discard(range).await
+    }
+    async fn write_zeroes(&self, range: Range<u64>, flags: WriteFlags) -> Result {
+        self.note(format!("zeroes {range:?} {flags:?}"));
+        Ok(())
+    }
+    fn contexts(&self) -> Vec<String> {
+        vec!["test:colour".into()]
+    }
+    async fn status(&self, context: &str, range: Range<u64>, out: &mut Extents<u64>) -> Result {
+        self.note(format!("{context} of {range:?}"));
+        out.push(range.end - range.start, 1 << 40);
+        Ok(())
+    }
+    async fn prefetch(&self, range: Range<u64>) -> Result {
+        self.note(format!("prefetch {range:?}"));
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn every_operation_arrives_with_its_flags() {
+    let recorder = Recorder(Arc::new((Memory::new(1 << 20), Mutex::default())));
+    let disk = Device::open(recorder.clone()).await.unwrap();
+    let server = Server::new().export("disk", disk);
+    let server = server.bind(["nbd://127.0.0.1:0"]).await.unwrap();
+    let client = Client::builder(&server.uri("disk").to_string())
+        .all_contexts(true)
+        .connect()
+        .await
+        .unwrap();
+    recorder.taken();
+
+    let none = WriteFlags::empty();
+    write(&client, 512, &[1; 512], none).await.unwrap();
+    write(&client, 0, &[1; 512], WriteFlags::FUA).await.unwrap();
+    within(client.flush()).await.unwrap();
+    within(client.discard(4096..8192)).await.unwrap();
+    for flags in [none, WriteFlags::NO_UNMAP, WriteFlags::FAST_ONLY] {
+        within(client.write_zeroes(8192..12288, flags))
+            .await
+            .unwrap();
+    }
+    within(client.prefetch(0..65536)).await.unwrap();
+    let mut bytes = [0; 512];
+    within(client.read(&mut ReadBuf::new(&mut bytes), 512))
+        .await
+        .unwrap();
+    assert_eq!(bytes, [1; 512]);
+    assert_eq!(
+        recorder.taken(),
+        [
+            format!("write 512+512 {none:?}"),
+            format!("write 0+512 {:?}", WriteFlags::FUA),
+            "flush".into(),
+            "discard 4096..8192".into(),
+            format!("zeroes 8192..12288 {none:?}"),
+            format!("zeroes 8192..12288 {:?}", WriteFlags::NO_UNMAP),
+            format!("zeroes 8192..12288 {:?}", WriteFlags::FAST_ONLY),
+            "prefetch 0..65536".into(),
+            "read 512+512".into(),
+        ]
+    );
+
+    // What an engine tells of a context goes from it to the client, with all its bits if headers are extended.
+    assert_eq!(client.contexts(), ["test:colour"]);
+    let mut words = Extents::new(4);
+    within(client.status("test:colour", 4096..8192, &mut words))
+        .await
+        .unwrap();
+    let words: Vec<_> = words.iter().map(|run| run.kind).collect();
+    assert_eq!(words, [1 << 40]);
+    assert_eq!(recorder.taken(), ["test:colour of 4096..8192"]);
+    within(client.close()).await.unwrap();
+    within(server.shutdown()).await.unwrap();
 }
 
 #[tokio::test]
