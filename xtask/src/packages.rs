@@ -25,10 +25,7 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 
 /// Packages that only the long tests use.
-const LONG: &[(&str, &str)] = &[
-    ("fuse3", "nbdfuse mounts with it"),
-    ("mmdebstrap", "makes a Debian root file system"),
-];
+const LONG: &[(&str, &str)] = &[("mmdebstrap", "makes a Debian root file system")];
 
 /// Installs what is missing, where that is allowed. Says what it does; whatever stays missing is
 /// named by the tests that skip themselves for it.
