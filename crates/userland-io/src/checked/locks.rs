@@ -17,6 +17,9 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
+/// After so many mutations dropped half-way, the next one flushes first.
+const MOST_ORPHANS: usize = 64;
+
 /// The queue of one edge.
 #[derive(Debug, Default)]
 pub(super) struct RangeLocks(Mutex<Queue>);
@@ -25,6 +28,8 @@ pub(super) struct RangeLocks(Mutex<Queue>);
 struct Queue {
     next: u64,
     places: Vec<Place>,
+    /// How many of the places are orphans.
+    orphans: usize,
 }
 
 #[derive(Debug)]
@@ -85,6 +90,11 @@ impl RangeLocks {
         orphans.map(|p| p.id).collect()
     }
 
+    /// True if so many orphans stand in the queue that looking through them costs more than a flush.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.queue_mut().orphans >= MOST_ORPHANS
+    }
+
     /// These orphans can no longer act.
     pub(super) fn settled(&self, orphans: &[u64]) {
         if !orphans.is_empty() {
@@ -96,6 +106,7 @@ impl RangeLocks {
     fn leave(&self, leaves: impl Fn(&Place) -> bool) {
         let mut queue = self.queue_mut();
         queue.places.retain(|place| !leaves(place));
+        queue.orphans = queue.places.iter().filter(|p| p.is_orphan()).count();
         let waiting = queue.take_wakers();
         drop(queue);
         waiting.into_iter().for_each(Waker::wake);
@@ -178,7 +189,10 @@ impl Drop for Guard<'_> {
             return;
         };
         match queue.places[own].state {
-            State::Active => queue.places[own].state = State::Orphan,
+            State::Active => {
+                queue.places[own].state = State::Orphan;
+                queue.orphans += 1;
+            }
             _ => drop(queue.places.remove(own)),
         }
         let waiting = queue.take_wakers();

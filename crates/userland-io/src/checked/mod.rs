@@ -158,6 +158,9 @@ impl<E: Engine> Checked<E> {
     }
 
     async fn lock(&self, range: Range<u64>, exclusive: bool) -> Result<Guard<'_>> {
+        if self.locks.is_crowded() {
+            self.flush_engine().await?;
+        }
         let guard = self.locks.queue(range, exclusive);
         while guard.wait().await.is_err() {
             // An operation ahead was dropped half-way. Only a flush says when it can no longer act.

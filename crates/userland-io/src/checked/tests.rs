@@ -471,6 +471,20 @@ async fn behind_a_write_dropped_half_way_comes_a_flush() {
 }
 
 #[tokio::test]
+async fn writes_dropped_half_way_do_not_pile_up() {
+    let mut geometry = blocks();
+    geometry.size = 8000;
+    let engine = Handle::gated(geometry, Some(Semaphore::new(0)));
+    let disk = Checked::new(engine.clone()).unwrap();
+    for n in 0..1000 {
+        let mut half_way = pin!(write(&disk, &[1; 8], n * 8, PLAIN));
+        assert!(poll(half_way.as_mut()).is_pending());
+    }
+    let flushes = engine.calls().iter().filter(|call| **call == Flush).count();
+    assert_eq!(flushes, 1000 / 64);
+}
+
+#[tokio::test]
 async fn a_write_dropped_while_it_waits_leaves_no_trace() {
     let engine = Handle::gated(blocks(), Some(Semaphore::new(0)));
     let disk = Checked::new(engine.clone()).unwrap();
