@@ -146,6 +146,7 @@ impl<E: Engine> Filter for OffsetEngine<E> {
 /// What a window of the disk `below` can promise.
 fn window(below: Geometry, Offset { start, size }: Offset) -> Geometry {
     let room = below.size.saturating_sub(start);
+    let follows_the_end = size.is_none();
     let size = size.unwrap_or(room).min(room);
     let end = start.saturating_add(size);
     // 0 is no wish, and a wish that the window's start does not keep is none any more.
@@ -155,8 +156,9 @@ fn window(below: Geometry, Offset { start, size }: Offset) -> Geometry {
         _ => 0,
     };
     let granule = below.discard_granule();
+    // A disk that ends with the window may grow, and then the window's last granule is a part of one.
     let whole_granules = start.is_multiple_of(granule.into())
-        && (end.is_multiple_of(granule.into()) || end == below.size);
+        && (end.is_multiple_of(granule.into()) || follows_the_end);
     Geometry {
         size,
         logical_block_size: common_block(below.logical_block_size, start),
@@ -254,6 +256,29 @@ mod tests {
         let mut short = below();
         short.size = 10_000;
         assert_eq!(window(short, Offset::new(4096)).discard, Discard::Zeroes);
+    }
+
+    #[tokio::test]
+    async fn what_a_discard_leaves_is_as_claimed_after_the_disk_below_has_grown() {
+        let flags = WriteFlags::empty();
+        for offset in [Offset::new(4096), Offset::new(4096).size(904)] {
+            let disk = Memory::new(5000).layer(offset).unwrap();
+            let disk = Checked::new(disk).unwrap();
+            let claim = disk.geometry().discard;
+            disk.get_ref().lower.get_ref().resize(10_000);
+            let size = disk.geometry().size as usize;
+            disk.write(&WriteBuf::new(&vec![7; size]), 0, flags)
+                .await
+                .unwrap();
+            disk.discard(0..size as u64).await.unwrap();
+            let mut bytes = vec![1; size];
+            disk.read(&mut ReadBuf::new(&mut bytes), 0).await.unwrap();
+            let zeroes = bytes.iter().all(|&byte| byte == 0);
+            assert!(
+                zeroes || claim == Discard::OldOrZero,
+                "{offset:?}: {claim:?}"
+            );
+        }
     }
 
     #[test]
