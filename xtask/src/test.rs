@@ -66,13 +66,11 @@ fn tests(report: &mut Report, long: bool) {
     let mut bare = cargo("test");
     bare.args(["-p", "userland-io", "--lib", "--no-default-features"]);
     report.step("unit tests without features", &mut bare);
-    if long {
-        let mut loom = cargo("test");
-        loom.args(["-p", "userland-io", "--lib", "--no-default-features"]);
-        loom.args(["--target-dir", "target/loom", "slots"]);
-        loom.env("RUSTFLAGS", "--cfg userland_io_loom");
-        report.step("slots under every interleaving", &mut loom);
-    }
+    let mut loom = cargo("test");
+    loom.args(["-p", "userland-io", "--lib", "--no-default-features"]);
+    loom.args(["--target-dir", "target/loom", "slots"]);
+    loom.env("RUSTFLAGS", "--cfg userland_io_loom");
+    report.step("slots under every interleaving", &mut loom);
     let mut all = cargo("test");
     all.args(["--workspace", "--all-features", "--no-fail-fast"]);
     if long {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 /// Documents with names written as `file: test`.
-const DOCUMENTS: [&str; 2] = ["docs/nbd.md", "docs/long-tests.md"];
+const DOCUMENTS: [&str; 3] = ["docs/nbd.md", "docs/long-tests.md", "docs/semantics.md"];
 
 #[test]
 fn every_test_that_a_document_names_exists() {
