@@ -69,6 +69,7 @@ mod error;
 mod extents;
 mod filter;
 mod geometry;
+mod give_way;
 mod slots;
 mod threads;
 

@@ -351,6 +351,18 @@ async fn zeroes_are_written_where_the_engine_has_none() {
 }
 
 #[tokio::test]
+async fn zeroes_that_are_written_out_leave_others_their_turn() {
+    let (engine, disk) = edge(Geometry::writable(1 << 20, CrashLevel::None));
+    let mut zeroing = pin!(disk.write_zeroes(0..1 << 20, PLAIN));
+    for turn in 1..4 {
+        assert!(poll(zeroing.as_mut()).is_pending());
+        assert_eq!(engine.calls().len(), 1, "turn {turn}");
+    }
+    assert!(poll(zeroing.as_mut()).is_ready());
+    assert_eq!(engine.bytes(), [0; 1 << 20]);
+}
+
+#[tokio::test]
 async fn a_failed_write_zeroes_is_not_papered_over() {
     let mut geometry = blocks();
     geometry.features |= Features::WRITE_ZEROES;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::bounce::Source;
 use super::{Checked, limit, pieces};
+use crate::give_way::give_way;
 use crate::{Engine, ErrorKind, Features, Result, WriteBuf, WriteFlags};
 
 const ZEROES_LEN: usize = 256 << 10;
@@ -60,7 +61,12 @@ impl<E: Engine> Checked<E> {
             }
         }
         let max = limit(self.facts.max_transfer).min(ZEROES_LEN as u64);
+        let start = rest.start;
         for piece in pieces(rest, max.max(self.block())) {
+            // An engine that answers at once would keep everybody else waiting for all of it.
+            if piece.start > start {
+                give_way().await;
+            }
             let zeroes = &ZEROES.0[..(piece.end - piece.start) as usize];
             self.engine
                 .write(&WriteBuf::new(zeroes), piece.start, flags & WriteFlags::FUA)

@@ -7,6 +7,7 @@ use std::task::Poll;
 
 use super::plan::{Piece, Plan, Shape};
 use super::{Copied, CopyError, CopyOptions};
+use crate::give_way::give_way;
 use crate::{AlignedBuf, Device, Engine, ReadBuf, Result, Slots, WriteBuf, WriteFlags};
 
 /// Zeroes inside data are looked for in steps of this: finer would cost requests, not only comparisons.
@@ -241,17 +242,4 @@ fn is_zero(bytes: &[u8]) -> bool {
         [] => true,
         [first, rest @ ..] => *first == 0 && *rest == bytes[..rest.len()],
     }
-}
-
-/// Lets the executor run what else there is.
-async fn give_way() {
-    let mut given = false;
-    poll_fn(|cx| match std::mem::replace(&mut given, true) {
-        true => Poll::Ready(()),
-        false => {
-            cx.waker().wake_by_ref();
-            Poll::Pending
-        }
-    })
-    .await
 }

@@ -8,11 +8,10 @@
 //! `open` makes the engine, `image` does the work, `sys` is the one place with system calls;
 //! `direct`, `extents`, `blockdev` and `lock` are what their names say.
 
-use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
-use std::task::Poll;
 
+use crate::give_way::give_way;
 use crate::threads::Pool;
 use crate::{
     AlignedBuf, Engine, ErrorKind, Extents, Geometry, ReadBuf, Result, WriteBuf, WriteFlags,
@@ -206,7 +205,7 @@ impl File {
         let mut done = 0;
         for part in memory.chunks_mut(MAX_INLINE) {
             if done > 0 {
-                yield_now().await;
+                give_way().await;
             }
             let got = self.image.read_cached(part, offset + done as u64);
             done += got;
@@ -225,7 +224,7 @@ impl File {
         let mut done = 0;
         for part in memory.chunks(MAX_INLINE) {
             if done > 0 {
-                yield_now().await;
+                give_way().await;
             }
             let put = self.image.write_cached(part, offset + done as u64);
             done += put;
@@ -256,17 +255,4 @@ impl File {
             false => Err(ErrorKind::OutOfRange.into()),
         }
     }
-}
-
-/// Lets other tasks run, under any executor.
-async fn yield_now() {
-    let mut yielded = false;
-    poll_fn(|cx| {
-        if std::mem::replace(&mut yielded, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
