@@ -14,6 +14,7 @@ use clap::{Parser, Subcommand};
 mod features;
 mod fuzz;
 mod licences;
+mod outsider;
 mod packages;
 mod report;
 mod targets;

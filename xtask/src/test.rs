@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::report::Report;
-use crate::{features, fuzz, licences, packages, root, targets};
+use crate::{features, fuzz, licences, outsider, packages, root, targets};
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, Args)]
@@ -53,6 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, String> {
     ]);
     report.step("documentation", &mut doc);
     tests(&mut report, options.long);
+    outsider::run(&mut report);
     targets::run(&mut report);
     fuzz::smoke(&mut report, options.long);
     if options.long {
