@@ -360,3 +360,36 @@ async fn writes_in_flight_at_the_limit_do_not_stop_the_connection() {
     peer.reader = reader;
     peer.leave().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_drips_bytes_while_others_wait_does_not_hold_their_memory() {
+    let (_, device) = rig(64 << 20).await;
+    let (shutdown, environment) = limits(|limits| limits.max_server_bytes = 64 << 20);
+    let mut greedy = Peer::with(
+        &device,
+        session(MODES[0], 64 << 20),
+        shutdown.clone(),
+        environment.clone(),
+    );
+    let (_, head) = greedy.head(cmd::WRITE, NONE, 0, 64 << 20);
+    greedy.writer.write_all(&head).await.unwrap();
+    settle().await;
+    let mut modest = Peer::with(
+        &device,
+        session(MODES[0], 64 << 20),
+        shutdown.clone(),
+        environment,
+    );
+    let big = vec![2; 32 << 20];
+    let drip = async {
+        loop {
+            greedy.writer.write_all(&[0]).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    tokio::select! {
+        a = modest.write(0, &big) => assert_eq!(a.error, 0),
+        () = drip => {}
+        () = tokio::time::sleep(Duration::from_secs(600)) => panic!("starved for ten minutes"),
+    }
+}

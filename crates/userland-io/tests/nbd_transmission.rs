@@ -280,6 +280,20 @@ async fn shutdown_finishes_what_is_in_flight_and_takes_no_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_client_that_pauses_at_shutdown_still_gets_its_replies() {
+    let (_, device) = rig(16 << 20).await;
+    let mut peer = Peer::new(&device, session(MODES[1], 16 << 20));
+    peer.send(cmd::READ, CommandFlags::DF, 0, 4 << 20, &[])
+        .await;
+    // More than the stream between them takes is waiting to be sent.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    peer.shutdown.send(true).unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(peer.receive().await.1.data.len(), 4 * MIB);
+    peer.server.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_grace_period_ends_a_shutdown() {
     let (rig, device) = rig(MIB as u64).await;
     *rig.gate.lock().unwrap() = Some(Arc::new(Semaphore::new(0)));

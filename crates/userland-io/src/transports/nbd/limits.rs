@@ -40,7 +40,7 @@ pub struct Limits {
     pub max_connection_bytes: usize,
     /// The most bytes of payload in memory for all connections; clients wait. At least `max_request`.
     /// Each connection has 1 MiB beside it that nobody can take, so that it gets on whatever the others
-    /// do; who holds on to more while others wait, and for ten seconds neither sends nor takes a byte, is
+    /// do; who holds on to more while others wait, and for ten seconds moves less than 64 KiB a second, is
     /// closed. The whole server's bound: this, and 11 MiB a connection. Default: 1 GiB.
     pub max_server_bytes: usize,
     /// At shutdown, how long requests in flight may take to finish. Default: 10 s.

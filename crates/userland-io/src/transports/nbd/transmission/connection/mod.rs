@@ -3,14 +3,15 @@
 //! Round by round: take what has finished, start what has arrived, send what there
 //! is to send, receive if something more is wanted; and sleep when a round moves nothing.
 
+mod leaving;
+
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, Sleep};
 
 use super::super::limits::{Environment, Limits};
 use super::super::session::{ReplyMode, Session};
@@ -26,6 +27,7 @@ use super::reply::Replies;
 use super::request::{self, Command, Refusal, Request, Tag};
 use super::status;
 use crate::{Features, Slots};
+use leaving::{Farewell, State};
 
 /// No request is started while so many bytes wait to be sent, in the case that every request
 /// finishes at once: more would only leave the cache before they are sent.
@@ -39,10 +41,6 @@ const DIRECT: usize = 32 << 10;
 const AFTER_DIRECT: usize = 4 << 10;
 /// A read longer than the longest request is answered in pieces of this many bytes.
 const PIECE: u64 = 4 << 20;
-/// How often a connection looks after itself, if there is a reason to.
-const TICK: Duration = Duration::from_millis(250);
-/// For how many ticks a client may neither take nor give a byte while others wait for its memory.
-const STALLED: u32 = 40;
 
 /// One connection. `F` is a request's future, which `G` makes.
 pub(super) struct Connection<'a, S, F, G> {
@@ -69,6 +67,8 @@ pub(super) struct Connection<'a, S, F, G> {
     timer: Option<Pin<Box<Sleep>>>,
     is_armed: bool,
     has_moved: bool,
+    /// Bytes sent and received since the last tick.
+    moved_bytes: usize,
     stalled: u32,
     was_direct: bool,
     /// The stream's end has been seen, before everything in front of it was taken.
@@ -93,30 +93,6 @@ enum Phase {
         tag: Tag,
         refusal: Refusal,
     },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// Requests are taken.
-    Serving,
-    /// No longer; those in flight finish, and their replies are sent.
-    Leaving { farewell: Farewell },
-    /// Nobody takes replies any more; what is in flight finishes.
-    Gone,
-    /// All is sent; what the client still sends is thrown away, lest the replies be lost with it.
-    Farewell(Farewell),
-    /// Nothing is left to do, or no time to do it.
-    Over,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Farewell {
-    /// The client has left too.
-    None,
-    /// It may be sending a request.
-    Brief,
-    /// It is sending a payload.
-    Patient,
 }
 
 /// What a round needs from the stream.
@@ -166,6 +142,7 @@ where
             timer: None,
             is_armed: false,
             has_moved: false,
+            moved_bytes: 0,
             stalled: 0,
             was_direct: false,
             has_ended: false,
@@ -485,7 +462,9 @@ where
             self.lose(error);
             return true;
         }
-        self.output.pending() != before
+        let sent = before - self.output.pending();
+        self.moved_bytes += sent;
+        sent > 0
     }
 
     /// Receives what is wanted.
@@ -521,135 +500,10 @@ where
                 }
                 self.leave(Farewell::None);
             }
-            Poll::Ready(Ok(_)) => {}
+            Poll::Ready(Ok(came)) => self.moved_bytes += came,
             Poll::Ready(Err(error)) => self.lose(error),
         }
         true
-    }
-
-    /// Looks whether the client still sends, while it takes no replies and so no request is taken.
-    fn probe(&mut self, cx: &mut Context<'_>) {
-        if self.has_ended && self.slots.in_flight() == 0 {
-            self.end("the client left and takes no replies");
-        } else if !self.input.is_full() && matches!(self.phase, Phase::Header) {
-            match self.input.poll_receive(cx, &mut self.stream, usize::MAX) {
-                Poll::Ready(Ok(0)) => self.has_ended = true,
-                Poll::Ready(Err(error)) => self.lose(error),
-                _ => {}
-            }
-        }
-    }
-
-    /// Goes from leaving to left, as far as it can.
-    fn part(&mut self, cx: &mut Context<'_>) -> bool {
-        let before = self.state;
-        let is_idle = self.slots.in_flight() == 0 && self.long_reads.is_empty();
-        match self.state {
-            State::Leaving { farewell } if is_idle && self.output.pending() == 0 => {
-                self.state = match farewell {
-                    Farewell::None => State::Over,
-                    farewell => State::Farewell(farewell),
-                };
-            }
-            State::Gone if is_idle => self.state = State::Over,
-            State::Farewell(farewell) => {
-                if Pin::new(&mut self.stream).poll_shutdown(cx).is_pending() {
-                    return false;
-                }
-                loop {
-                    self.input.consume(usize::MAX);
-                    match self.input.poll_receive(cx, &mut self.stream, usize::MAX) {
-                        Poll::Ready(Ok(1..)) => {}
-                        Poll::Pending if farewell == Farewell::Patient => break,
-                        _ => {
-                            self.state = State::Over;
-                            break;
-                        }
-                    }
-                }
-            }
-            _ => {}
-        }
-        // Whoever left with nothing unfinished has given every byte back.
-        let is_done = is_idle && self.output.pending() == 0 && before != State::Serving;
-        debug_assert!(!is_done || self.account.is_settled(), "{:?}", self.account);
-        self.state != before
-    }
-
-    /// Looks after what only time can decide. True if it changed anything.
-    fn tick(&mut self, cx: &mut Context<'_>) -> bool {
-        let is_due = match self.state {
-            State::Serving => {
-                let is_trimmed = self.pool.is_trimmed() && self.output.is_trimmed();
-                !is_trimmed || self.account.borrows() || self.output.pending() > 0
-            }
-            _ => true,
-        };
-        if !is_due {
-            return false;
-        }
-        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(TICK)));
-        if !self.is_armed {
-            self.is_armed = true;
-            self.has_moved = false;
-            let next = Instant::now() + TICK;
-            let next = self.deadline.map_or(next, |deadline| next.min(deadline));
-            timer.as_mut().reset(next);
-        }
-        if timer.as_mut().poll(cx).is_pending() {
-            return false;
-        }
-        self.is_armed = false;
-        let is_late = self.deadline.is_some_and(|end| Instant::now() >= end);
-        let is_stuck = !self.has_moved && self.slots.in_flight() == 0;
-        match self.state {
-            _ if is_late => self.end("requests in flight at shutdown took too long"),
-            State::Farewell(_) => self.state = State::Over,
-            State::Leaving { .. } if is_stuck && self.output.pending() > 0 => {
-                self.end("the client left and takes no replies");
-            }
-            State::Serving if !self.has_moved => {
-                self.pool.trim();
-                self.output.trim();
-                if is_stuck && self.account.holds_up_others() {
-                    self.stalled += 1;
-                }
-                if self.stalled >= STALLED {
-                    self.end("the client neither sends nor takes, and others wait for its memory");
-                } else if self.output.pending() > 0 {
-                    self.probe(cx);
-                }
-            }
-            _ => self.stalled = 0,
-        }
-        true
-    }
-
-    fn end(&mut self, why: &str) {
-        if self.result.is_ok() {
-            self.result = Err(io::Error::new(io::ErrorKind::TimedOut, why));
-        }
-        self.state = State::Over;
-    }
-
-    /// Takes no more requests.
-    fn leave(&mut self, farewell: Farewell) {
-        if self.state == State::Serving {
-            self.state = State::Leaving { farewell };
-            self.abandon_payload();
-        }
-    }
-
-    /// Gives up on a stream that is of no more use.
-    fn lose(&mut self, error: io::Error) {
-        self.state = State::Gone;
-        if self.result.is_ok() {
-            self.result = Err(error);
-        }
-        self.long_reads.clear();
-        self.abandon_payload();
-        let (pool, account) = (&mut self.pool, &mut self.account);
-        self.output.clear(|buffer| give(pool, account, buffer));
     }
 
     fn abandon_payload(&mut self) {
