@@ -326,14 +326,10 @@ async fn geometry_is_what_the_server_says() {
     assert_eq!(geometry.max_transfer, 3 << 20);
     assert_eq!(geometry.discard, Discard::Unspecified);
     assert_eq!(geometry.crash, CrashLevel::Flush);
-    for feature in [
-        Features::FUA,
-        Features::EXTENTS,
-        Features::WRITE_ZEROES,
-        Features::SURVIVES_KILL,
-    ] {
+    for feature in [Features::FUA, Features::EXTENTS, Features::WRITE_ZEROES] {
         assert!(geometry.features.contains(feature), "{feature:?}");
     }
+    assert!(!geometry.features.contains(Features::SURVIVES_KILL));
     assert!(!geometry.features.contains(Features::ROTATIONAL));
     // Longer than one request may be, and on no block's edge: the edge splits and rounds.
     let device = Device::open(client).await.unwrap();

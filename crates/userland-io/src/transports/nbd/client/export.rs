@@ -5,8 +5,10 @@
 //!   every mutation, so that each is durable when it answers
 //!   ([`CrashLevel::Sync`]). One with neither has no way to say that anything
 //!   is durable, so nothing is claimed ([`CrashLevel::None`]).
-//! * `SURVIVES_KILL`: this client holds no mutation back, so each that completed
-//!   is at the server, which outlives us.
+//! * No `SURVIVES_KILL` for what can be written: each mutation that completed is
+//!   at the server, which outlives us, but so is perhaps one without an answer. The
+//!   server may carry it out after a new client's newer one, and the protocol has no
+//!   way to wait for it.
 //! * `TRIM` leaves contents open: [`Discard::Unspecified`] is the most it can be,
 //!   and rests on servers not changing their mind about a trimmed block.
 
@@ -107,8 +109,10 @@ impl Export {
             Features::EXTENTS,
             contexts.iter().any(|name| name == BASE_ALLOCATION),
         );
-        if !flags.contains(TransmissionFlags::READ_ONLY) {
+        if flags.contains(TransmissionFlags::READ_ONLY) {
+            // Nothing of ours can be on its way.
             features.insert(Features::SURVIVES_KILL);
+        } else {
             features.set(Features::FUA, flags.contains(TransmissionFlags::SEND_FUA));
             features.set(
                 Features::WRITE_ZEROES,
@@ -224,6 +228,25 @@ mod tests {
             assert_eq!(
                 geometry.features.contains(Features::FUA),
                 flags.contains(F::SEND_FUA)
+            );
+        }
+    }
+
+    /// A write without an answer may act at the server, which lives on, after a new client's newer one.
+    #[test]
+    fn the_end_of_this_process_is_survived_only_by_what_cannot_be_written() {
+        use TransmissionFlags as F;
+        let all = F::SEND_FLUSH | F::SEND_FUA | F::CAN_MULTI_CONN;
+        for (flags, survives) in [
+            (F::empty(), false),
+            (all, false),
+            (all | F::READ_ONLY, true),
+        ] {
+            let geometry = Export::new(&negotiated(flags, None)).unwrap().geometry;
+            assert_eq!(
+                geometry.features.contains(Features::SURVIVES_KILL),
+                survives,
+                "{flags:?}"
             );
         }
     }

@@ -43,9 +43,11 @@ use supervisor::{Plan, Session};
 /// It lives on the tokio runtime on which it was connected, whose I/O and time must be enabled.
 ///
 /// Its claims come from what the server says. Writes are durable after a flush if the server has `FLUSH`; if it has `FUA`
-/// alone, each write carries it; if it has neither, nothing is claimed to survive. Every completed mutation is at the
-/// server, so all survive the death of this process. One that was not answered may still be carried out by the server,
-/// even a little after a new client has connected.
+/// alone, each write carries it; if it has neither, nothing is claimed to survive.
+///
+/// `SURVIVES_KILL` is not claimed, except for a read-only export. Every completed mutation is at the server and outlives
+/// this process; but one that was on its way when the process ended may be there too, and the server may carry it out
+/// later, even over what a new client has written by then.
 ///
 /// # A lost connection
 ///
