@@ -11,7 +11,7 @@ use nbd_peers::{Fake, FakeConn, Peer, within};
 use tokio::task::JoinHandle;
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::ReplyMode;
-use userland_io::transports::nbd::wire::{TransmissionFlags, cmd, error};
+use userland_io::transports::nbd::wire::{Request, TransmissionFlags, cmd, error};
 use userland_io::transports::nbd::{Client, ClientBuilder, Server};
 use userland_io::{Device, Engine, ErrorKind, ReadBuf, Result, WriteBuf, WriteFlags};
 
@@ -672,4 +672,123 @@ async fn closing_without_a_server_fails_after_the_limit() {
         read(&client, 0, 512).await.unwrap_err().kind(),
         ErrorKind::Shutdown
     );
+}
+
+/// The next request but for flushes, which are left without an answer.
+async fn beside_flushes(conn: &mut FakeConn) -> Option<(Request, Vec<u8>)> {
+    loop {
+        let (request, payload) = conn.request().await?;
+        if request.command != cmd::FLUSH {
+            return Some((request, payload));
+        }
+    }
+}
+
+/// A write that the server fails.
+async fn failed(client: &Arc<Client>, conn: &mut FakeConn, offset: u64, byte: u8) {
+    let failing = start_write(client, offset, byte);
+    let (request, _) = beside_flushes(conn).await.unwrap();
+    assert_eq!((request.command, request.offset), (cmd::WRITE, offset));
+    conn.fail(&request, error::EIO).await;
+    within(failing).await.unwrap().unwrap_err();
+}
+
+/// A read that the server answers with these bytes.
+async fn seen(client: &Arc<Client>, conn: &mut FakeConn, offset: u64, byte: u8) {
+    let reading = start_read(client, offset);
+    let (request, _) = beside_flushes(conn).await.unwrap();
+    assert_eq!((request.command, request.offset), (cmd::READ, offset));
+    conn.data(&request, &[byte; 512]).await;
+    assert_eq!(within(reading).await.unwrap().unwrap(), [byte; 512]);
+}
+
+/// Nothing but flushes comes on the next connection, if there is one, and the client says that it has to be opened anew.
+async fn ends_for_good(client: &Arc<Client>, fake: &Fake) {
+    let reading = start_read(client, 0);
+    let mut conn = fake.accept().await;
+    let next = beside_flushes(&mut conn).await;
+    assert!(
+        next.is_none_or(|(request, _)| request.command == cmd::DISC),
+        "it goes on"
+    );
+    let error = within(reading).await.unwrap().unwrap_err().to_string();
+    assert!(
+        error.contains("opened anew") && error.contains("failed") && error.contains("0..512"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_failed_write_that_was_seen_is_not_undone_by_the_replay() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let (client, mut conn) = pair(&fake, Client::builder(&fake.uri())).await;
+    written(&client, &mut conn, 0, 1).await;
+    failed(&client, &mut conn, 0, 2).await;
+    // It acted all the same.
+    seen(&client, &mut conn, 0, 2).await;
+    drop(conn);
+    ends_for_good(&client, &fake).await;
+}
+
+#[tokio::test]
+async fn a_write_that_was_seen_on_its_way_and_failed_is_not_undone_by_the_replay() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let builder = Client::builder(&fake.uri()).reconnect(Duration::from_millis(50));
+    let (client, mut conn) = pair(&fake, builder).await;
+    written(&client, &mut conn, 0, 1).await;
+    let writing = start_write(&client, 0, 2);
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::WRITE);
+    seen(&client, &mut conn, 0, 2).await;
+    drop(conn);
+    // It takes too long, so the write fails.
+    let error = within(writing).await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("not reachable"), "{error}");
+    let mut conn = fake.accept().await;
+    assert!(conn.request().await.is_none(), "it goes on");
+    let error = read(&client, 0, 512).await.unwrap_err().to_string();
+    assert!(error.contains("opened anew"), "{error}");
+}
+
+#[tokio::test]
+async fn a_failed_write_that_nobody_saw_leaves_the_client_alone() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let (client, mut conn) = pair(&fake, Client::builder(&fake.uri())).await;
+    written(&client, &mut conn, 0, 1).await;
+    failed(&client, &mut conn, 0, 2).await;
+    // Next to it is not in it; and what is written over it later holds, whoever saw it.
+    seen(&client, &mut conn, 512, 0).await;
+    failed(&client, &mut conn, 1024, 2).await;
+    seen(&client, &mut conn, 1024, 2).await;
+    let writing = start_write(&client, 1024, 3);
+    let (request, _) = beside_flushes(&mut conn).await.unwrap();
+    conn.done(&request).await;
+    within(writing).await.unwrap().unwrap();
+    drop(conn);
+    let mut conn = fake.accept().await;
+    let mut replay = Vec::new();
+    for _ in 0..2 {
+        let (request, payload) = conn.request().await.unwrap();
+        replay.push((request.command, request.offset, payload[0]));
+        conn.done(&request).await;
+    }
+    replay.sort();
+    assert_eq!(replay, [(cmd::WRITE, 0, 1), (cmd::WRITE, 1024, 3)]);
+    seen(&client, &mut conn, 0, 1).await;
+}
+
+#[tokio::test]
+async fn a_flush_settles_a_failed_write_without_being_asked_for() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let (client, mut conn) = pair(&fake, Client::builder(&fake.uri())).await;
+    let failing = start_write(&client, 0, 2);
+    let (request, _) = conn.request().await.unwrap();
+    conn.fail(&request, error::EIO).await;
+    within(failing).await.unwrap().unwrap_err();
+    let (flush, _) = conn.request().await.unwrap();
+    assert_eq!(flush.command, cmd::FLUSH);
+    conn.done(&flush).await;
+    seen(&client, &mut conn, 0, 2).await;
+    drop(conn);
+    let mut conn = fake.accept().await;
+    seen(&client, &mut conn, 0, 2).await;
 }

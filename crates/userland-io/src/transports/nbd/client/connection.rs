@@ -173,6 +173,7 @@ impl Conn {
         let slot = &mut table.slots[index as usize];
         slot.generation = slot.generation.wrapping_add(1);
         let cookie = u64::from(slot.generation) << 32 | u64::from(index);
+        op.mark_sent();
         slot.entry = Some((op.clone(), Progress::default()));
         table.live += 1;
         let idle = table.outbox.is_empty();

@@ -40,8 +40,14 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// The stamp of the newest mutation that completed.
+    /// The stamp of the newest mutation that ended.
     pub(super) fn stamp(&self) -> u64 {
+        self.stamp
+    }
+
+    /// A stamp for a mutation that failed.
+    pub(super) fn next_stamp(&mut self) -> u64 {
+        self.stamp += 1;
         self.stamp
     }
 
@@ -57,10 +63,9 @@ impl Journal {
     /// `range` now holds `content`, not durably.
     pub(super) fn keep(&mut self, range: Range<u64>, content: Content) {
         self.forget(range.clone());
-        self.stamp += 1;
         let piece = Piece {
             end: range.end,
-            stamp: self.stamp,
+            stamp: self.next_stamp(),
             content,
         };
         self.pieces.insert(range.start, piece);
@@ -102,8 +107,7 @@ impl Journal {
 
     /// A mutation completed that cannot be kept: all is lost until a flush covers it.
     pub(super) fn miss(&mut self) {
-        self.stamp += 1;
-        self.missed = Some(self.stamp);
+        self.missed = Some(self.next_stamp());
         self.pieces.clear();
     }
 

@@ -2,11 +2,12 @@
 //!
 //! `handshake` and `dial` make a connection, `connection` sends and `replies` receives on it, each in a task of its
 //! own that lasts as long as the connection; `op` is one request, `shared` decides where it goes, `journal` keeps
-//! what a lost server may have lost, and `supervisor` brings connections back. `export` turns what a server says
+//! what a lost server may have lost, `doubts` what failed and may have acted, and `supervisor` brings connections back. `export` turns what a server says
 //! into claims, and `engine` the library's operations into the protocol's.
 
 mod connection;
 mod dial;
+mod doubts;
 mod engine;
 mod error;
 mod export;
@@ -64,6 +65,11 @@ use supervisor::{Plan, Session};
 ///
 /// *What was on its way* is sent again. It cannot pass anything newer: mutations that overlap are never in flight together,
 /// so nothing newer there has completed, or even started. A request under which five connections were lost fails.
+///
+/// *What failed* may have acted all the same: a write that the server answered with an error, or one that was on its way
+/// when the client gave up on it. Nobody can tell old from new but by a read, and what a read has shown stays: if one has
+/// shown some of it, and the server is lost before a flush has settled it (the client sends one at once) or something newer
+/// was written there, then every request fails until the export is opened anew. Without such a read it goes on.
 ///
 /// *What the old connection may still do* cannot be known from this end. This client relies on the specification
 /// ("Terminating the transmission phase"): a server that closes a connection is done with the requests on it. That holds for

@@ -9,14 +9,14 @@
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use tokio::sync::Notify;
 
 use crate::transports::nbd::wire::{CommandFlags, cmd};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +85,7 @@ pub(super) struct Op {
     /// A mutation: its place among them. A flush: it covers what the journal stamped up to here.
     pub(super) number: u64,
     tries: AtomicU32,
+    sent: AtomicBool,
     reply: Mutex<Reply>,
 }
 
@@ -106,6 +107,7 @@ impl Op {
             origin: Origin::Caller,
             number: 0,
             tries: AtomicU32::new(0),
+            sent: AtomicBool::new(false),
             reply: Mutex::new(Reply::Awaited(None)),
         }
     }
@@ -150,6 +152,20 @@ impl Op {
         self.tries.fetch_add(1, Ordering::Relaxed) + 1
     }
 
+    /// It goes to a connection.
+    pub(super) fn mark_sent(&self) {
+        self.sent.store(true, Ordering::Relaxed);
+    }
+
+    /// True if it may have acted, though it failed with `error`.
+    pub(super) fn may_have_acted(&self, error: &Error) -> bool {
+        // The answer to a fast zero that would not be fast, with nothing changed.
+        let refused = self.flags.contains(CommandFlags::FAST_ZERO)
+            && error.kind() == ErrorKind::Unsupported
+            && self.tries.load(Ordering::Relaxed) == 0;
+        self.sent.load(Ordering::Relaxed) && !refused
+    }
+
     fn reply(&self) -> MutexGuard<'_, Reply> {
         self.reply.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -173,7 +189,7 @@ impl Future for Wait {
                 }));
                 Poll::Pending
             }
-            Reply::Unwanted => Poll::Ready(Err(Error::from(crate::ErrorKind::Invalid))),
+            Reply::Unwanted => Poll::Ready(Err(Error::from(ErrorKind::Invalid))),
         }
     }
 }

@@ -7,7 +7,8 @@
 //! * a completed mutation enters the journal before its caller hears of it;
 //! * what is sent again goes before all else: it may have acted, and been seen, at the server that was
 //!   lost, and the journal has put older bytes in its place;
-//! * a flush retires only what had completed when it began;
+//! * a flush retires only what had ended when it began;
+//! * what failed and may have acted stays as a read has shown it: see [`Doubts`];
 //! * what cannot be vouched for any more latches: see [`Phase::Failed`].
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -17,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 
 use super::connection::{Conn, Failure, Loss, LossKind};
+use super::doubts::Doubts;
 use super::export::{Durability, Export};
 use super::journal::{Content, Journal};
 use super::op::{Answer, Budget, Charge, Data, Kind, Op, Origin, Wait};
@@ -55,17 +57,26 @@ struct State {
     /// Why the connections are to be made anew, though none is lost.
     renew: Option<String>,
     /// The ranges of mutations in flight, by start.
-    ranges: BTreeMap<u64, u64>,
+    ranges: BTreeMap<u64, InFlight>,
     /// Their numbers.
     numbers: BTreeSet<u64>,
     next_number: u64,
     /// The numbers of those that are sent again. Nothing else is sent until they have ended.
     again: BTreeSet<u64>,
     journal: Journal,
+    doubts: Doubts,
     /// A flush of our own is on its way.
     upkeep: bool,
     /// Why flushes of our own are of no use now.
     stuck: Option<String>,
+}
+
+/// The range of a mutation in flight, from its start on.
+#[derive(Debug)]
+struct InFlight {
+    end: u64,
+    /// A read has shown some of it meanwhile.
+    seen: bool,
 }
 
 /// Where requests go.
@@ -100,6 +111,7 @@ impl Shared {
                 next_number: 0,
                 again: BTreeSet::new(),
                 journal: Journal::default(),
+                doubts: Doubts::default(),
                 upkeep: false,
                 stuck: None,
             }),
@@ -296,6 +308,9 @@ impl Shared {
             }
             self.settle(&mut state, op, result);
         } else {
+            if result.is_ok() && op.kind != Kind::Cache {
+                self.state().see(&op.range);
+            }
             op.finish(result);
         }
         self.told_drained(conn);
@@ -384,6 +399,12 @@ impl Shared {
     /// What the server that is back has to be told again; an error if not all of it is known.
     pub(super) fn restorable(&self) -> Result<Vec<(Range<u64>, Content)>, String> {
         let state = self.state();
+        if let Some(range) = state.doubts.seen() {
+            return Err(format!(
+                "a mutation of bytes {range:?} failed, a read has shown what it did or did not do, and a server that was \
+                 lost before a flush may not have kept it so"
+            ));
+        }
         match state.journal.is_incomplete() {
             true => Err(format!(
                 "mutations that no flush covered may be lost, and were not all kept (the journal holds {} bytes)",
@@ -477,6 +498,7 @@ impl Shared {
             (_, Kind::Flush) => {
                 if result.is_ok() {
                     state.journal.retire(op.number);
+                    state.doubts.retire(op.number);
                     state.stuck = None;
                 }
                 if op.origin == Origin::Upkeep {
@@ -485,12 +507,21 @@ impl Shared {
                 self.budget.freed.notify_waiters();
             }
             (_, kind) if kind.is_mutation() => {
-                state.ranges.remove(&op.range.start);
+                let in_flight = state.ranges.remove(&op.range.start);
                 state.numbers.remove(&op.number);
-                if result.is_ok() {
-                    self.record(state, op);
-                    self.make_room(state, false);
+                match &result {
+                    Ok(_) => {
+                        state.doubts.forget(&op.range);
+                        self.record(state, op);
+                    }
+                    Err(error) if op.may_have_acted(error) => {
+                        let stamp = state.journal.next_stamp();
+                        let seen = in_flight.is_some_and(|in_flight| in_flight.seen);
+                        state.doubts.add(op.range.clone(), stamp, seen);
+                    }
+                    Err(_) => {}
                 }
+                self.make_room(state, false);
                 if state.again.remove(&op.number) && state.again.is_empty() {
                     self.place_queue(state);
                 }
@@ -529,13 +560,14 @@ impl Shared {
         self.export.durability == Durability::Flush && self.budget.cap() > 0
     }
 
-    /// Flushes on the journal's behalf when half of it is used, or somebody waits for room.
+    /// Flushes on the journal's behalf when half of it is used, somebody waits for room, or there is a doubt to settle.
     fn make_room(&self, state: &mut State, needed: bool) {
         if !self.keeps_journal()
             || state.upkeep
             || state.stuck.is_some()
-            || state.journal.is_empty()
-            || !needed && self.budget.used() <= self.budget.cap() / 2
+            || state.doubts.is_empty()
+                && (state.journal.is_empty()
+                    || !needed && self.budget.used() <= self.budget.cap() / 2)
         {
             return;
         }
@@ -591,14 +623,28 @@ impl State {
     fn enter(&mut self, op: &mut Op) -> bool {
         let range = &op.range;
         let before = self.ranges.range(..range.end).next_back();
-        if before.is_some_and(|(_, &end)| end > range.start) {
+        if before.is_some_and(|(_, in_flight)| in_flight.end > range.start) {
             return false;
         }
-        self.ranges.insert(range.start, range.end);
+        let in_flight = InFlight {
+            end: range.end,
+            seen: false,
+        };
+        self.ranges.insert(range.start, in_flight);
         op.number = self.next_number;
         self.next_number += 1;
         self.numbers.insert(op.number);
         true
+    }
+
+    /// A read has shown what `range` holds.
+    fn see(&mut self, range: &Range<u64>) {
+        // They do not overlap, so their ends are in order too.
+        let before = self.ranges.range_mut(..range.end).rev();
+        for (_, in_flight) in before.take_while(|(_, in_flight)| in_flight.end > range.start) {
+            in_flight.seen = true;
+        }
+        self.doubts.see(range);
     }
 
     /// False for what has to wait for the mutations that are sent again.
