@@ -792,3 +792,23 @@ async fn a_flush_settles_a_failed_write_without_being_asked_for() {
     let mut conn = fake.accept().await;
     seen(&client, &mut conn, 0, 2).await;
 }
+
+#[tokio::test]
+async fn a_server_that_shuts_down_during_the_replay_is_left_and_its_successor_told() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let (client, mut conn) = pair(&fake, Client::builder(&fake.uri())).await;
+    written(&client, &mut conn, 0, 1).await;
+    drop(conn);
+    let mut conn = fake.accept().await;
+    let (request, _) = conn.request().await.unwrap();
+    assert_eq!(request.command, cmd::WRITE);
+    conn.fail(&request, error::ESHUTDOWN).await;
+    let goodbye = conn.request().await.map(|(request, _)| request.command);
+    assert_eq!(goodbye, Some(cmd::DISC));
+    drop(conn);
+    let mut conn = fake.accept().await;
+    let (request, payload) = conn.request().await.unwrap();
+    assert_eq!((request.command, payload), (cmd::WRITE, vec![1; 512]));
+    conn.done(&request).await;
+    seen(&client, &mut conn, 0, 1).await;
+}

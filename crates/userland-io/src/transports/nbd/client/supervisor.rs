@@ -22,6 +22,7 @@ use super::handshake::{Negotiated, Wanted};
 use super::op::{Answer, Kind, Op, Origin, Wait};
 use super::shared::{Phase, Shared};
 use super::{ConnectError, dial, replies};
+use crate::errno;
 use crate::transports::nbd::Uri;
 use crate::transports::nbd::socket::Stream;
 use crate::transports::nbd::wire::TransmissionFlags;
@@ -272,7 +273,10 @@ async fn reconnect(
                 shared.up(session.conns());
                 return Some(session);
             }
-            Err(Restore::Again(why)) => tracing::debug!("{}: {why}", shared.address),
+            Err(Restore::Again(why)) => {
+                tracing::debug!("{}: {why}", shared.address);
+                unless_closing(shared, session.finish(shared)).await?;
+            }
             Err(Restore::Never(why)) => {
                 shared.fail(why);
                 return None;
@@ -316,7 +320,9 @@ async fn restore(shared: &Shared, session: &Session) -> Result<(), Restore> {
     }
     match result {
         Ok(_) => Ok(()),
-        Err(error) if conn.is_dead() => Err(Restore::Again(error.to_string())),
+        Err(error) if conn.is_dead() || error.errno() == errno::ESHUTDOWN => {
+            Err(Restore::Again(error.to_string()))
+        }
         Err(error) => Err(Restore::Never(format!(
             "the server does not take again what it may have lost: {error}"
         ))),
