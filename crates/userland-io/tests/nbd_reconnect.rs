@@ -812,3 +812,52 @@ async fn a_server_that_shuts_down_during_the_replay_is_left_and_its_successor_to
     conn.done(&request).await;
     seen(&client, &mut conn, 0, 1).await;
 }
+
+#[tokio::test]
+async fn a_large_write_gets_its_room_beside_steady_small_ones() {
+    const JOURNAL: u64 = 64 << 10;
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let uri = fake.uri();
+    let mut disk = vec![0; 1 << 20];
+    let server = async { fake.accept().await.serve(&mut disk).await };
+    let client = async {
+        let client = Client::builder(&uri)
+            .journal(JOURNAL)
+            .connect()
+            .await
+            .unwrap();
+        let device = Device::open(client).await.unwrap();
+        let done = Arc::new(AtomicU64::new(0));
+        let small: Vec<_> = (0..16u64)
+            .map(|writer| {
+                let (device, done) = (device.clone(), done.clone());
+                tokio::spawn(async move {
+                    for i in 0..1000u64 {
+                        let at = writer * 8192 + i % 16 * 512;
+                        let bytes = [1; 512];
+                        device
+                            .write(&WriteBuf::new(&bytes), at, NONE)
+                            .await
+                            .unwrap();
+                        done.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        while done.load(Ordering::Relaxed) < 100 {
+            tokio::task::yield_now().await;
+        }
+        let bytes = vec![2; JOURNAL as usize];
+        let large = WriteBuf::new(&bytes);
+        within(device.write(&large, 512 << 10, NONE)).await.unwrap();
+        assert!(
+            small.iter().all(|task| !task.is_finished()),
+            "it waited for the end of the small ones"
+        );
+        for task in small {
+            within(task).await.unwrap();
+        }
+        within(device.close()).await.unwrap();
+    };
+    tokio::join!(server, client);
+}

@@ -24,6 +24,9 @@ const MAX_TRANSFER: u32 = 64 << 20;
 /// The longest discard or `write_zeroes` that is sent.
 const MAX_EFFECT: u32 = 1 << 30;
 
+/// How many of the longest writes fit into the journal, where there is one.
+const JOURNALED: u64 = 4;
+
 /// How mutations become durable at this server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Durability {
@@ -46,7 +49,8 @@ pub(super) struct Export {
 }
 
 impl Export {
-    pub(super) fn new(negotiated: &Negotiated) -> Result<Self, ConnectError> {
+    /// What the server says, to a client whose journal holds `journal` bytes.
+    pub(super) fn new(negotiated: &Negotiated, journal: u64) -> Result<Self, ConnectError> {
         // What depends on the kind of replies may differ from one connection to the next.
         let told = negotiated.info.flags;
         let flags = told
@@ -99,7 +103,14 @@ impl Export {
             geometry.io_min = blocks.preferred;
             geometry.io_opt = blocks.preferred;
         }
-        geometry.max_transfer = blocks.maximum;
+        geometry.max_transfer = match durability {
+            // A write waits for room, and smaller ones could keep it from a large one for ever.
+            Durability::Flush if journal > 0 => {
+                let most = (journal / JOURNALED).min(blocks.maximum.into()) as u32;
+                (most / blocks.minimum).max(1) * blocks.minimum
+            }
+            _ => blocks.maximum,
+        };
         let features = &mut geometry.features;
         features.set(
             Features::ROTATIONAL,
@@ -198,6 +209,8 @@ mod tests {
     use crate::transports::nbd::session::ReplyMode;
     use crate::transports::nbd::wire::ExportInfo;
 
+    const JOURNAL: u64 = 64 << 20;
+
     fn negotiated(flags: TransmissionFlags, blocks: Option<BlockSizes>) -> Negotiated {
         Negotiated {
             info: ExportInfo {
@@ -219,7 +232,9 @@ mod tests {
             (F::SEND_FUA, CrashLevel::Sync, false),
             (F::empty(), CrashLevel::None, false),
         ] {
-            let geometry = Export::new(&negotiated(flags, None)).unwrap().geometry;
+            let geometry = Export::new(&negotiated(flags, None), JOURNAL)
+                .unwrap()
+                .geometry;
             assert_eq!(
                 (geometry.crash, geometry.needs_flush()),
                 (crash, needs_flush),
@@ -242,7 +257,9 @@ mod tests {
             (all, false),
             (all | F::READ_ONLY, true),
         ] {
-            let geometry = Export::new(&negotiated(flags, None)).unwrap().geometry;
+            let geometry = Export::new(&negotiated(flags, None), JOURNAL)
+                .unwrap()
+                .geometry;
             assert_eq!(
                 geometry.features.contains(Features::SURVIVES_KILL),
                 survives,
@@ -258,9 +275,12 @@ mod tests {
             preferred: 4096,
             maximum: 1_000_000,
         };
-        let geometry = Export::new(&negotiated(TransmissionFlags::empty(), Some(stated)))
-            .unwrap()
-            .geometry;
+        let geometry = Export::new(
+            &negotiated(TransmissionFlags::empty(), Some(stated)),
+            JOURNAL,
+        )
+        .unwrap()
+        .geometry;
         assert_eq!(
             (
                 geometry.size,
@@ -270,7 +290,7 @@ mod tests {
             ),
             (9728, 512, 4096, 999_936)
         );
-        let geometry = Export::new(&negotiated(TransmissionFlags::empty(), None))
+        let geometry = Export::new(&negotiated(TransmissionFlags::empty(), None), JOURNAL)
             .unwrap()
             .geometry;
         assert_eq!(
@@ -281,6 +301,27 @@ mod tests {
             ),
             (10_000, 1, 32 << 20)
         );
+    }
+
+    #[test]
+    fn writes_are_no_longer_than_a_quarter_of_the_journal() {
+        let most = |flags, journal, maximum| {
+            let stated = BlockSizes {
+                minimum: 512,
+                preferred: 4096,
+                maximum,
+            };
+            let export = Export::new(&negotiated(flags, Some(stated)), journal);
+            export.unwrap().geometry.max_transfer
+        };
+        let flush = TransmissionFlags::SEND_FLUSH;
+        assert_eq!(most(flush, 64 << 20, u32::MAX), 16 << 20);
+        assert_eq!(most(flush, 64 << 20, 1 << 20), 1 << 20);
+        assert_eq!(most(flush, 10_000, 1 << 20), 2048);
+        assert_eq!(most(flush, 1, 1 << 20), 512);
+        // Where nothing waits for room.
+        assert_eq!(most(flush, 0, 1 << 20), 1 << 20);
+        assert_eq!(most(TransmissionFlags::SEND_FUA, 1, 1 << 20), 1 << 20);
     }
 
     #[test]
@@ -298,7 +339,10 @@ mod tests {
                 preferred,
                 maximum,
             };
-            let refused = Export::new(&negotiated(TransmissionFlags::empty(), Some(stated)));
+            let refused = Export::new(
+                &negotiated(TransmissionFlags::empty(), Some(stated)),
+                JOURNAL,
+            );
             assert!(
                 matches!(refused, Err(ConnectError::Protocol(_))),
                 "{stated:?}"
@@ -306,6 +350,6 @@ mod tests {
         }
         let mut endless = negotiated(TransmissionFlags::empty(), None);
         endless.info.size = u64::MAX;
-        assert!(Export::new(&endless).is_err());
+        assert!(Export::new(&endless, JOURNAL).is_err());
     }
 }

@@ -205,7 +205,8 @@ impl Builder {
     }
 
     /// The bytes of mutations, in flight and unflushed, that are kept to tell them again. Default 64 MiB. With 0 none are, and
-    /// the loss of a server with unflushed mutations ends the client.
+    /// the loss of a server with unflushed mutations ends the client. No request is longer than a quarter of them, so that a
+    /// large write finds room beside small ones.
     pub fn journal(mut self, bytes: u64) -> Self {
         self.journal = bytes;
         self
@@ -274,9 +275,10 @@ impl Builder {
             connections: self.connections,
             timeout: self.timeout,
             reconnect: self.reconnect,
+            journal: self.journal,
         };
         let (export, streams) = plan.connect().await?;
-        let shared = Arc::new(Shared::new(plan.uri.to_string(), export, self.journal));
+        let shared = Arc::new(Shared::new(plan.uri.to_string(), export, plan.journal));
         let session = Session::start(&shared, streams);
         shared.up(session.conns());
         let supervisor = tokio::spawn(supervisor::supervise(shared.clone(), plan, session));

@@ -46,6 +46,8 @@ pub(super) struct Plan {
     pub(super) timeout: Duration,
     /// How long requests wait for a lost server.
     pub(super) reconnect: Duration,
+    /// Bytes.
+    pub(super) journal: u64,
 }
 
 impl Plan {
@@ -59,13 +61,13 @@ impl Plan {
         };
         let dial = || dial::dial(self.uri.address(), wanted, self.timeout);
         let first = dial().await?;
-        let export = Export::new(&first.1)?;
+        let export = Export::new(&first.1, self.journal)?;
         let mut all = vec![first];
         // Without this flag a flush on one connection says nothing about the others.
         let several = export.has(TransmissionFlags::CAN_MULTI_CONN);
         while several && all.len() < self.connections {
             let problem = match dial().await {
-                Ok(next) => match export.difference(&Export::new(&next.1)?) {
+                Ok(next) => match export.difference(&Export::new(&next.1, self.journal)?) {
                     None => {
                         all.push(next);
                         continue;
