@@ -302,6 +302,36 @@ async fn lies_about_extents_end_the_connection() {
 }
 
 #[tokio::test]
+async fn a_server_that_tells_extents_byte_by_byte_is_not_asked_without_end() {
+    let fake = Fake::new(ReplyMode::Structured).await;
+    let uri = fake.uri();
+    let server = async {
+        let mut conn = fake.accept().await;
+        let mut asked = 0u64;
+        while let Some((request, _)) = conn.request().await {
+            if request.command != cmd::BLOCK_STATUS {
+                break;
+            }
+            asked += 1;
+            let one = [1u32, 1, 0].map(u32::to_be_bytes).concat();
+            conn.chunk(&request, chunk::BLOCK_STATUS, true, &one).await;
+        }
+        asked
+    };
+    let client = async {
+        let client = Client::connect(&uri).await.unwrap();
+        // All of one kind, so the list is never full.
+        let mut extents = Extents::new(4);
+        within(client.extents(0..8192, &mut extents)).await.unwrap();
+        drop(client);
+        extents.covered()
+    };
+    let (asked, covered) = tokio::join!(server, client);
+    assert_eq!(asked, covered);
+    assert!(covered > 0 && covered <= 256, "{covered} round trips");
+}
+
+#[tokio::test]
 async fn a_dropped_read_leaves_the_connection_and_the_buffer_alone() {
     let fake = Fake::new(ReplyMode::Structured).await;
     let uri = fake.uri();

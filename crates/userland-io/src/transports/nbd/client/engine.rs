@@ -16,6 +16,8 @@ use crate::{
 const MAX_STATUS: u64 = 1 << 31;
 /// The most runs that one status request brings up.
 const MAX_RUNS: usize = 1 << 16;
+/// The most status requests that one call makes: a server may answer each with a single byte.
+const MAX_ASKED: usize = 256;
 
 impl Engine for Client {
     fn geometry(&self) -> Geometry {
@@ -143,7 +145,11 @@ impl Client {
             return Err(ErrorKind::Unsupported.into());
         };
         let mut at = range.start;
-        while at < range.end && !out.is_full() {
+        for _ in 0..MAX_ASKED {
+            // The caller asks again for what is left.
+            if at >= range.end || out.is_full() {
+                break;
+            }
             let room = out.room().clamp(1, MAX_RUNS);
             let end = range.end.min(at + MAX_STATUS);
             let mut op = Op::new(Kind::Status { context, room }, at..end);
