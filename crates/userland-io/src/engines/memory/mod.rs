@@ -9,10 +9,12 @@ mod chunk;
 mod table;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
+use crate::give_way::give_way;
 use crate::{
     CrashLevel, Discard, Engine, ErrorKind, ExtentKind, Extents, Features, Geometry, ReadBuf,
     Result, WriteBuf, WriteFlags,
@@ -23,6 +25,9 @@ use table::Table;
 /// How many chunks one call of `extents` looks at: 1 GiB of them.
 const EXTENTS_CHUNKS: u32 = 4096;
 
+/// The bytes that are copied, or freed, before other tasks get their turn.
+const TURN: usize = 1 << 20;
+
 /// A sparse disk in memory.
 ///
 /// Claims [`CrashLevel::None`], discards to zeroes in granules of 4 KiB, native
@@ -31,6 +36,8 @@ const EXTENTS_CHUNKS: u32 = 4096;
 pub struct Memory {
     table: Table,
     size: AtomicU64,
+    /// One at a time: what one cuts off must be cleared before another brings it back.
+    resizing: Mutex<()>,
     resized: Notify,
 }
 
@@ -40,6 +47,7 @@ impl Memory {
         Memory {
             table: Table::default(),
             size: AtomicU64::new(size),
+            resizing: Mutex::new(()),
             resized: Notify::new(),
         }
     }
@@ -47,10 +55,15 @@ impl Memory {
     /// Makes the disk `size` bytes long. What lay beyond a smaller end is gone, and
     /// reads as zeroes when the disk grows again.
     pub fn resize(&self, size: u64) {
+        let resizing = self.resizing.lock();
+        let resizing = resizing.unwrap_or_else(PoisonError::into_inner);
         let old = self.size.swap(size, Ordering::AcqRel);
+        // See `write_turn`: this finds the chunk that a write is making, or the write this size.
+        fence(Ordering::SeqCst);
         if size < old {
             self.clear(size..old);
         }
+        drop(resizing);
         self.resized.notify_waiters();
     }
 
@@ -67,23 +80,100 @@ impl Memory {
         }
     }
 
-    fn clear(&self, range: Range<u64>) {
-        let mut at = range.start;
-        while at < range.end {
-            match self.table.find(at / CHUNK as u64) {
-                Ok(chunk) => {
-                    let part = within(at, range.end - at);
-                    let mut chunk = chunk.write();
-                    if chunk.clear(part.clone()) {
-                        self.table.freed();
-                    }
-                    at += part.len() as u64;
+    /// Makes `range` read as zeroes, and gives back the chunks that are empty then.
+    fn clear(&self, mut range: Range<u64>) {
+        while !range.is_empty() {
+            self.clear_first(&mut range);
+        }
+    }
+
+    /// As [`clear`](Self::clear), in turns.
+    async fn clear_in_turns(&self, mut range: Range<u64>) {
+        let mut worked = 0;
+        while !range.is_empty() {
+            if worked >= TURN {
+                give_way().await;
+                worked = 0;
+            }
+            worked += self.clear_first(&mut range);
+        }
+    }
+
+    /// Clears what of `range` lies in its first chunk, or all up to the next chunk there may be, and takes it off.
+    /// Answers how much work that was, in bytes.
+    fn clear_first(&self, range: &mut Range<u64>) -> usize {
+        let at = range.start;
+        match self.table.find(at / CHUNK as u64) {
+            Ok(slot) => {
+                let part = within(at, range.end - at);
+                range.start += part.len() as u64;
+                let mut chunk = slot.write();
+                let work = chunk.bytes().map_or(PAGE, |_| part.len());
+                if chunk.clear(part) {
+                    self.table.freed();
                 }
-                // A stretch without any chunk: nothing to clear.
-                Err(next) => at = next.saturating_mul(CHUNK as u64),
+                work
+            }
+            // A stretch without any chunk: nothing to clear.
+            Err(next) => {
+                range.start = next.saturating_mul(CHUNK as u64).min(range.end);
+                PAGE
             }
         }
     }
+
+    /// Reads `buf` at once.
+    fn read_turn(&self, buf: &mut ReadBuf<'_>, offset: u64) {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let part = within(at, (buf.len() - done) as u64);
+            let mut piece = buf.slice(done..done + part.len());
+            done += part.len();
+            match self.table.find(at / CHUNK as u64) {
+                Ok(chunk) => match chunk.read().bytes() {
+                    Some(bytes) => piece.copy_from(&bytes[part]),
+                    None => piece.fill(0),
+                },
+                Err(_) => piece.fill(0),
+            }
+        }
+    }
+
+    /// Writes `buf` at once, and leaves none of it beyond the end.
+    fn write_turn(&self, buf: &WriteBuf<'_>, offset: u64) -> Result {
+        self.check(offset, buf.len() as u64)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let part = within(at, (buf.len() - done) as u64);
+            let piece = buf.slice(done..done + part.len());
+            done += part.len();
+            let mut chunk = self.table.find_or_make(at / CHUNK as u64).write();
+            if chunk.bytes().is_none() {
+                self.table.made();
+                // A resize that does not find this chunk yet comes before this, and the look at the size below sees
+                // it. One that does find it is kept apart by the chunk's lock.
+                fence(Ordering::SeqCst);
+            }
+            piece.copy_to(chunk.touch(part));
+        }
+        // A resize may have cut the disk short under this write; what it left beyond the end must not come back.
+        let size = self.size.load(Ordering::Acquire);
+        let end = offset + buf.len() as u64;
+        if end > size {
+            self.clear(size.max(offset)..end);
+            return Err(ErrorKind::OutOfRange.into());
+        }
+        Ok(())
+    }
+}
+
+/// `len` bytes in turns.
+fn turns(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len)
+        .step_by(TURN)
+        .map(move |at| at..len.min(at.saturating_add(TURN)))
 }
 
 /// The part of the chunk that holds `at` which the next `len` bytes cover.
@@ -104,43 +194,24 @@ impl Engine for Memory {
 
     async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
         self.check(offset, buf.len() as u64)?;
-        let mut done = 0;
-        while done < buf.len() {
-            let at = offset + done as u64;
-            let part = within(at, (buf.len() - done) as u64);
-            let mut piece = buf.slice(done..done + part.len());
-            done += part.len();
-            match self.table.find(at / CHUNK as u64) {
-                Ok(chunk) => match chunk.read().bytes() {
-                    Some(bytes) => piece.copy_from(&bytes[part]),
-                    None => piece.fill(0),
-                },
-                Err(_) => piece.fill(0),
+        for turn in turns(buf.len()) {
+            if turn.start > 0 {
+                give_way().await;
             }
+            let at = offset + turn.start as u64;
+            self.read_turn(&mut buf.slice(turn), at);
         }
         Ok(())
     }
 
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Result {
         self.check(offset, buf.len() as u64)?;
-        let mut done = 0;
-        while done < buf.len() {
-            let at = offset + done as u64;
-            let part = within(at, (buf.len() - done) as u64);
-            let piece = buf.slice(done..done + part.len());
-            done += part.len();
-            let mut chunk = self.table.find_or_make(at / CHUNK as u64).write();
-            if chunk.bytes().is_none() {
-                self.table.made();
+        for turn in turns(buf.len()) {
+            if turn.start > 0 {
+                give_way().await;
             }
-            piece.copy_to(chunk.touch(part));
-        }
-        // A resize may have cut the disk short under this write; what it left beyond the end must not come back.
-        let size = self.size.load(Ordering::Acquire);
-        let end = offset + buf.len() as u64;
-        if end > size {
-            self.clear(size.max(offset)..end);
-            return Err(ErrorKind::OutOfRange.into());
+            let at = offset + turn.start as u64;
+            self.write_turn(&buf.slice(turn), at)?;
         }
         Ok(())
     }
@@ -151,7 +222,7 @@ impl Engine for Memory {
 
     async fn discard(&self, range: Range<u64>) -> Result {
         self.check(range.start, range.end - range.start)?;
-        self.clear(range);
+        self.clear_in_turns(range).await;
         Ok(())
     }
 
@@ -205,6 +276,9 @@ impl Engine for Memory {
 
 #[cfg(test)]
 mod tests {
+    use std::future::{Future, poll_fn};
+    use std::task::Poll;
+
     use super::*;
     use crate::{Checked, Device};
 
@@ -292,6 +366,60 @@ mod tests {
         let fast = WriteFlags::NO_UNMAP | WriteFlags::FAST_ONLY;
         let refused = disk.write_zeroes(0..C, fast).await.unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Unsupported);
+    }
+
+    /// How often a request lets others have their turn.
+    async fn turns_given(request: impl Future<Output = Result>) -> usize {
+        let mut request = std::pin::pin!(request);
+        let mut given = 0;
+        poll_fn(|cx| {
+            let polled = request.as_mut().poll(cx);
+            given += usize::from(polled.is_pending());
+            polled
+        })
+        .await
+        .unwrap();
+        given
+    }
+
+    #[tokio::test]
+    async fn long_requests_let_others_have_their_turn() {
+        let disk = Memory::new(64 * C);
+        let flags = WriteFlags::empty();
+        let mut bytes: Vec<u8> = (0..16 * CHUNK).map(|at| (at >> 8) as u8).collect();
+        let long = WriteBuf::new(&bytes);
+        assert_eq!(turns_given(disk.write(&long, 100, flags)).await, 3);
+        let short = long.slice(0..1 << 20);
+        assert_eq!(turns_given(disk.write(&short, 40 * C, flags)).await, 0);
+        let mut back = vec![0; bytes.len()];
+        let mut back_buf = ReadBuf::new(&mut back);
+        assert_eq!(turns_given(disk.read(&mut back_buf, 100)).await, 3);
+        assert!(back == bytes);
+        let mut short = ReadBuf::new(&mut bytes[..1 << 20]);
+        assert_eq!(turns_given(disk.read(&mut short, 100)).await, 0);
+        assert_eq!(turns_given(disk.discard(0..64 * C)).await, 5);
+        assert_eq!(disk.allocated(), 0);
+        // Where there is nothing to clear, even much of it is soon done.
+        assert_eq!(turns_given(disk.discard(0..64 * C)).await, 0);
+    }
+
+    #[tokio::test]
+    async fn nothing_of_a_write_that_a_resize_cut_short_comes_back() {
+        let disk = Memory::new(16 * C);
+        let bytes = vec![7; 16 * CHUNK];
+        let buf = WriteBuf::new(&bytes);
+        {
+            let mut write = std::pin::pin!(disk.write(&buf, 0, WriteFlags::empty()));
+            let first = poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await;
+            assert!(first.is_pending());
+            disk.resize(C);
+            let refused = write.await.unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::OutOfRange);
+        }
+        disk.resize(16 * C);
+        let mut back = vec![1; 15 * CHUNK];
+        disk.read(&mut ReadBuf::new(&mut back), C).await.unwrap();
+        assert!(back.iter().all(|&byte| byte == 0));
     }
 
     #[tokio::test]
