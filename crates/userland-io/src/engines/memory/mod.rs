@@ -105,10 +105,15 @@ impl Memory {
         let at = range.start;
         match self.table.find(at / CHUNK as u64) {
             Ok(slot) => {
-                let part = within(at, range.end - at);
+                let mut part = within(at, range.end - at);
                 range.start += part.len() as u64;
                 let mut chunk = slot.write();
                 let work = chunk.bytes().map_or(PAGE, |_| part.len());
+                // The last page may be shorter than a page. Asked under the lock: had somebody written behind the
+                // end that was, this would see the size that let them.
+                if self.size.load(Ordering::Acquire) <= range.end {
+                    part.end = part.end.next_multiple_of(PAGE);
+                }
                 if chunk.clear(part) {
                     self.table.freed();
                 }
@@ -366,6 +371,25 @@ mod tests {
         let fast = WriteFlags::NO_UNMAP | WriteFlags::FAST_ONLY;
         let refused = disk.write_zeroes(0..C, fast).await.unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Unsupported);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_ends_inside_a_page_gives_all_its_memory_back() {
+        let disk = Checked::new(Memory::new(C + 100)).unwrap();
+        let all = 0..C + 100;
+        disk.write(
+            &WriteBuf::new(&vec![1; CHUNK + 100]),
+            0,
+            WriteFlags::empty(),
+        )
+        .await
+        .unwrap();
+        // A page that goes on behind the range stays.
+        disk.get_ref().discard(0..C + 50).await.unwrap();
+        assert_eq!(disk.get_ref().allocated(), C);
+        disk.discard(all.clone()).await.unwrap();
+        assert_eq!(disk.get_ref().allocated(), 0);
+        assert_eq!(runs(&disk, all).await, [(C + 100, ExtentKind::Hole)]);
     }
 
     /// How often a request lets others have their turn.
