@@ -1,10 +1,6 @@
-//! Why a command fails, and how that is told: one line on stderr, and an exit code.
-
-use std::process::ExitCode;
+//! Why a command fails. `output` tells it.
 
 use userland_io::stack::StackError;
-
-use crate::output;
 
 /// What ends a command other than well.
 #[derive(Debug)]
@@ -18,17 +14,6 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// Tells it, and gives the exit code.
-    pub(crate) fn report(self) -> ExitCode {
-        let (text, code) = match self {
-            Failure::Usage(text) => (text, 2),
-            Failure::Failed(text) => (output::one_line(&text), 1),
-            Failure::OutputGone => return ExitCode::SUCCESS,
-        };
-        output::note(&format!("error: {}", output::printable(&text)));
-        ExitCode::from(code)
-    }
-
     /// The failure of `what`, for the reason `error`.
     pub(crate) fn of(what: impl std::fmt::Display, error: impl std::fmt::Display) -> Self {
         Failure::Failed(format!("{what}: {error}"))

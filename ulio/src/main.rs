@@ -22,6 +22,6 @@ fn main() -> ExitCode {
     let arguments = cli::Cli::parse();
     match process::run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.report(),
+        Err(failure) => output::report(failure),
     }
 }

@@ -4,6 +4,7 @@
 //! quietly, and a closed stderr is nobody's concern.
 
 use std::io::{self, BufWriter, ErrorKind, StdoutLock, Write};
+use std::process::ExitCode;
 
 use serde::Serialize;
 
@@ -50,6 +51,17 @@ fn gone(error: io::Error) -> Failure {
 pub(crate) fn note(text: &str) {
     // If nobody can be told, there is nobody to tell that.
     let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Tells why a command failed, on stderr, and gives the exit code.
+pub(crate) fn report(failure: Failure) -> ExitCode {
+    let (text, code) = match failure {
+        Failure::Usage(text) => (text, 2),
+        Failure::Failed(text) => (one_line(&text), 1),
+        Failure::OutputGone => return ExitCode::SUCCESS,
+    };
+    note(&format!("error: {}", printable(&text)));
+    ExitCode::from(code)
 }
 
 /// `text` without what would move a terminal's cursor: it may come from a server or a file's name. Lines stay.
