@@ -88,6 +88,23 @@ fn a_file_has_its_data_after_the_server_was_ended_or_killed() {
     assert!(ulio.read("disk.img") == noise(4 << 20, 2));
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn disks_are_closed_when_nobody_can_be_told_of_them() {
+    let ulio = Ulio::new();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    let output = ulio
+        .command(["serve", "file:disk.img,size=1M", "--listen", "unix:s"])
+        .stdout(full.unwrap())
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(err.contains("writing to stdout"), "{err}");
+    assert!(!err.contains("dropped without close"), "{err}");
+    assert!(!ulio.path("s").exists(), "the socket's path is removed");
+}
+
 #[test]
 fn what_to_type_is_on_stderr_and_uris_alone_on_stdout() {
     let ulio = Ulio::new();

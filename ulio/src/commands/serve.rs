@@ -28,7 +28,12 @@ pub(crate) async fn run(arguments: Serve, registry: &Registry) -> Result<(), Fai
         started = start(&arguments, &plans) => started?,
         () = signals.next() => return Err(Failure::Failed("interrupted before it served".to_owned())),
     };
-    announce(&arguments, &server, &disks)?;
+    if let Err(failure) = announce(&arguments, &server, &disks) {
+        // Nobody was told where to find it. What comes of ending it matters less than why.
+        let _ = server.shutdown().await;
+        let _ = close(disks).await;
+        return Err(failure);
+    }
 
     signals.next().await;
     note("stopping: finishing requests and flushing; once more leaves at once");
@@ -109,13 +114,29 @@ async fn bind(arguments: &Serve, disks: &[Disk]) -> IoResult<ServerHandle> {
             true => disk.device.read_only(),
             false => disk.device.clone(),
         };
-        server = server.export(&disk.name, device).description(&disk.stack);
+        server = server
+            .export(&disk.name, device)
+            .description(description(&disk.stack));
     }
     match (arguments.listen.as_slice(), is_activated()) {
         ([], true) => server.bind([ACTIVATED]).await,
         ([], false) => server.bind([DEFAULT_ADDRESS]).await,
         (addresses, _) => server.bind(addresses).await,
     }
+}
+
+/// `stack` as clients are told it, who take no more than 4096 bytes.
+fn description(stack: &str) -> String {
+    const MOST: usize = 4096;
+    const DOTS: &str = "...";
+    if stack.len() <= MOST {
+        return stack.to_owned();
+    }
+    let mut end = MOST - DOTS.len();
+    while !stack.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{DOTS}", &stack[..end])
 }
 
 /// True if a service manager has handed sockets to this very process (sd_listen_fds(3)).
@@ -233,6 +254,14 @@ fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_stack_is_cut_where_a_character_ends() {
+        let whole = "\u{e9}".repeat(2048);
+        assert_eq!(description(&whole), whole);
+        let cut = description(&format!("{whole}x"));
+        assert_eq!(cut, format!("{}...", "\u{e9}".repeat(2046)));
+    }
 
     #[test]
     fn what_to_type_survives_a_shell() {
