@@ -14,16 +14,7 @@ use tokio::net::TcpStream;
 use tokio::net::UnixStream;
 
 /// A byte stream on which the transmission phase can run.
-pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
-    /// Receives what is there at once, by a system call of its own that does not wait for the
-    /// runtime to see readiness: for a loop that lingers before it sleeps.
-    ///
-    /// `WouldBlock` if nothing is there. If left out: `Unsupported`, and nobody lingers.
-    fn recv_now(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let _ = buf;
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
+pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
 impl Socket for DuplexStream {}
 
@@ -39,18 +30,7 @@ pub enum Stream {
     Memory(DuplexStream),
 }
 
-impl Socket for Stream {
-    fn recv_now(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        use std::io::Read;
-        match self {
-            // The sockets are in non-blocking mode, so a plain read never waits.
-            Stream::Tcp(stream) => (&*socket2::SockRef::from(&*stream)).read(buf),
-            #[cfg(unix)]
-            Stream::Unix(stream) => (&*socket2::SockRef::from(&*stream)).read(buf),
-            Stream::Memory(stream) => stream.recv_now(buf),
-        }
-    }
-}
+impl Socket for Stream {}
 
 macro_rules! each {
     ($self:ident, $stream:ident => $call:expr) => {
