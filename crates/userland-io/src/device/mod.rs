@@ -128,6 +128,12 @@ impl<E: Engine> Device<E> {
     }
 
     /// Gives this handle back. The last one flushes and closes the engine, and tells how that went.
+    ///
+    /// After a panic in a mutation or a flush the engine's own close is not called, like any other request that
+    /// vouches for data: the engine is dropped as it is.
+    ///
+    /// # Errors
+    /// As a flush; it promises no more than a failed flush then. Always after such a panic.
     pub async fn close(self) -> Result {
         let Some(inner) = Arc::into_inner(self.inner) else {
             return Ok(());

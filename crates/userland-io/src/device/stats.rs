@@ -75,7 +75,8 @@ impl Stats {
 /// What a device has done of one operation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpStats {
-    /// Requests that were answered, errors included.
+    /// Requests that were answered, errors included; but not those that never set out: what a read-only
+    /// handle refuses, and mutations and flushes after a panic in one.
     pub ops: u64,
     /// The bytes of those that succeeded.
     pub bytes: u64,
