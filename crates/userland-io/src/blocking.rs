@@ -80,7 +80,7 @@ pub trait BlockingEngine: Send + Sync + 'static {
     }
 
     /// Makes `range` read as zeroes. With `NO_UNMAP` its space stays allocated; with `FAST_ONLY` it
-    /// answers `Unsupported` at once rather than write zeroes out. Asked only where
+    /// answers `Unsupported`, at once and with nothing changed, rather than write zeroes out. Asked only where
     /// [`Features::WRITE_ZEROES`](crate::Features::WRITE_ZEROES) is claimed.
     ///
     /// If left out, or on `Unsupported`: the edge writes zeroes, or hands the refusal of `FAST_ONLY` on.

@@ -28,7 +28,8 @@ use locks::{Guard, RangeLocks};
 ///   after another;
 /// * no mutation reaches a read-only disk: `ReadOnly`;
 /// * `FUA` arrives only where claimed: else a flush follows;
-/// * `write_zeroes` arrives only where claimed: else, or on `Unsupported`, zeroes are written, unless `FAST_ONLY`;
+/// * `write_zeroes` arrives only where claimed: else, or on `Unsupported`, zeroes are written, unless `FAST_ONLY`
+///   (of which pieces before the refused one may have been zeroed);
 /// * `discard` arrives only where claimed, in whole granules: else `Unsupported`, or trimmed;
 /// * `extents` and `status` arrive only where there are any;
 /// * nothing arrives after `close`: `Shutdown`.

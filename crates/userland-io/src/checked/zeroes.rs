@@ -24,7 +24,7 @@ impl<E: Engine> Checked<E> {
         {
             return Err(ErrorKind::Unsupported.into());
         }
-        // The blocks first: a refusal then leaves everything as it was.
+        // The blocks first: a refusal of the first piece then leaves everything as it was.
         if !blocks.is_empty() {
             let guard = self.beside_rmw(&blocks).await?;
             let result = self.zero_blocks(blocks.clone(), flags).await;
