@@ -32,7 +32,7 @@ mod words;
 
 pub use catalogue::{Entry, Key, Role};
 pub use error::{StackError, StackErrorKind};
-pub use options::{FromValue, Options, Refusal, Value};
+pub use options::{Options, Refusal};
 pub use registry::{Plan, Registry};
-pub use values::{Kind, ValueError, parse_duration, parse_size};
+pub use values::{FromValue, Kind, Value, ValueError, parse_duration, parse_size};
 pub use words::{Item, Text, Word, Words};

@@ -2,65 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::{Error, ErrorKind, InvalidGeometry};
 
 use super::catalogue::Entry;
-
-/// A value, read as its key's [`Kind`](super::Kind) says.
-#[non_exhaustive]
-#[derive(Clone, Debug, PartialEq)]
-pub enum Value {
-    /// A [`Size`](super::Kind::Size) in bytes, or a [`Number`](super::Kind::Number).
-    Number(u64),
-    /// A time.
-    Duration(Duration),
-    /// From a byte to before another; to the end is `u64::MAX`.
-    Range(Range<u64>),
-    /// From 0 to 1.
-    Fraction(f64),
-    /// Yes or no.
-    Flag(bool),
-    /// A text, or the one of several choices.
-    Text(String),
-    /// A path.
-    Path(PathBuf),
-    /// Some of several choices.
-    Set(Vec<String>),
-}
-
-/// A type that a [`Value`] turns into.
-pub trait FromValue: Sized {
-    /// `None` if it is another kind of value.
-    fn from_value(value: &Value) -> Option<Self>;
-}
-
-macro_rules! from_value {
-    ($($variant:ident => $type:ty),*) => {$(
-        impl FromValue for $type {
-            fn from_value(value: &Value) -> Option<Self> {
-                match value {
-                    Value::$variant(value) => Some(value.clone()),
-                    _ => None,
-                }
-            }
-        }
-    )*};
-}
-
-from_value! {
-    Number => u64, Duration => Duration, Range => Range<u64>, Fraction => f64,
-    Flag => bool, Text => String, Path => PathBuf, Set => Vec<String>
-}
-
-impl FromValue for u32 {
-    fn from_value(value: &Value) -> Option<Self> {
-        u64::from_value(value).and_then(|value| value.try_into().ok())
-    }
-}
+use super::values::{FromValue, Value};
 
 /// The values of one word, by key. A default stands where a key has one and was not given.
 #[derive(Clone, Debug)]

@@ -11,8 +11,8 @@ use crate::{AnyEngine, Checked};
 
 use super::catalogue::{Entry, Role};
 use super::error::{StackError, StackErrorKind as Kind, nearest};
-use super::options::{Options, Refusal, Value};
-use super::values;
+use super::options::{Options, Refusal};
+use super::values::{self, Value};
 use super::words::{Item, Text, Word, Words};
 
 type Opening = Pin<Box<dyn Future<Output = Result<AnyEngine, Refusal>> + Send>>;

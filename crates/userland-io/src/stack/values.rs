@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::error::nearest;
-use super::options::Value;
 
 /// What a key takes.
 #[non_exhaustive]
@@ -49,6 +48,58 @@ impl fmt::Display for Kind {
             Kind::Choice(choices) => f.write_str(&choices.join("|")),
             Kind::Set(choices) => f.write_str(&choices.join("+")),
         }
+    }
+}
+
+/// A value, read as its key's [`Kind`] says.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// A [`Size`](Kind::Size) in bytes, or a [`Number`](Kind::Number).
+    Number(u64),
+    /// A time.
+    Duration(Duration),
+    /// From a byte to before another; to the end is `u64::MAX`.
+    Range(Range<u64>),
+    /// From 0 to 1.
+    Fraction(f64),
+    /// Yes or no.
+    Flag(bool),
+    /// A text, or the one of several choices.
+    Text(String),
+    /// A path.
+    Path(PathBuf),
+    /// Some of several choices.
+    Set(Vec<String>),
+}
+
+/// A type that a [`Value`] turns into.
+pub trait FromValue: Sized {
+    /// `None` if it is another kind of value.
+    fn from_value(value: &Value) -> Option<Self>;
+}
+
+macro_rules! from_value {
+    ($($variant:ident => $type:ty),*) => {$(
+        impl FromValue for $type {
+            fn from_value(value: &Value) -> Option<Self> {
+                match value {
+                    Value::$variant(value) => Some(value.clone()),
+                    _ => None,
+                }
+            }
+        }
+    )*};
+}
+
+from_value! {
+    Number => u64, Duration => Duration, Range => Range<u64>, Fraction => f64,
+    Flag => bool, Text => String, Path => PathBuf, Set => Vec<String>
+}
+
+impl FromValue for u32 {
+    fn from_value(value: &Value) -> Option<Self> {
+        u64::from_value(value).and_then(|value| value.try_into().ok())
     }
 }
 
