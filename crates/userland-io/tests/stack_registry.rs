@@ -88,6 +88,18 @@ error: no layer is called `qcow`
       slow  takes its time",
         ),
         (
+            "disk:a b.img",
+            StackErrorKind::UnknownName,
+            "\
+error: no layer is called `b.img`
+  |
+  | disk:a b.img
+  |        ^^^^^
+  = help: a path with a space in it stands in quotes: disk:'a b.img'
+  = layers:
+      slow  takes its time",
+        ),
+        (
             "disk.img",
             StackErrorKind::UnknownName,
             "\

@@ -169,9 +169,14 @@ impl Registry {
                 .wrong(Kind::Order, 0..0, message)
                 .list("engines:", reader.names(Role::Engine)));
         }
-        let mut steps = Vec::new();
+        let mut steps: Vec<Step> = Vec::new();
+        let mut before = None;
         for (n, word) in words.iter().enumerate() {
-            let step = reader.step(n, word).map_err(|error| error.word(n))?;
+            let entry = steps.last().map(|step| &*step.known.entry);
+            let before = entry.zip(before.replace(word));
+            let step = reader
+                .step(n, word, before)
+                .map_err(|error| error.word(n))?;
             steps.push(step);
         }
         Ok(Plan { words, steps })
@@ -294,8 +299,13 @@ impl Reader<'_> {
         rows
     }
 
-    fn step(&self, n: usize, word: &Word) -> Result<Step, StackError> {
-        let (known, items) = self.find(n, word)?;
+    fn step(
+        &self,
+        n: usize,
+        word: &Word,
+        before: Option<(&Entry, &Word)>,
+    ) -> Result<Step, StackError> {
+        let (known, items) = self.find(n, word, before)?;
         let name = known.entry.name;
         let span = word.name.span.clone();
         match (n, known.role()) {
@@ -337,7 +347,12 @@ impl Reader<'_> {
     }
 
     /// The entry that a word names, and its items with the positional in place.
-    fn find(&self, n: usize, word: &Word) -> Result<(&Known, Vec<Item>), StackError> {
+    fn find(
+        &self,
+        n: usize,
+        word: &Word,
+        before: Option<(&Entry, &Word)>,
+    ) -> Result<(&Known, Vec<Item>), StackError> {
         let name = &word.name.text;
         let mut items = word.items.clone();
         let mut found = None;
@@ -369,8 +384,14 @@ impl Reader<'_> {
         };
         let names = self.registry.known.iter().map(|k| k.entry.name);
         let mut help = nearest(name, names).map(|near| format!("did you mean `{near}`?"));
-        if help.is_none() && n == 0 && name.contains('.') {
-            help = Some(format!("if it is a file: file:{word}"));
+        if help.is_none() && name.contains('.') {
+            help = match before {
+                None => Some(format!("if it is a file: file:{word}")),
+                Some((entry, before)) => ends_in_path(entry, before).then(|| {
+                    let name = entry.name;
+                    format!("a path with a space in it stands in quotes: {name}:'a b.img'")
+                }),
+            };
         }
         Err(self
             .wrong(Kind::UnknownName, word.name.span.clone(), message)
@@ -476,6 +497,19 @@ impl Reader<'_> {
             false => error.list(format!("keys of `{name}`:"), entry.key_rows()),
         })
     }
+}
+
+/// True if the last of `word` is a path without quotes, which a space has ended.
+fn ends_in_path(entry: &Entry, word: &Word) -> bool {
+    let (key, value) = match word.items.as_slice() {
+        [Item::Bare(value)] => (entry.positional_key(), value),
+        [.., Item::Pair(key, value)] => {
+            let key = entry.keys.iter().find(|known| known.name == key.text);
+            (key, value)
+        }
+        _ => return false,
+    };
+    key.is_some_and(|key| key.kind == values::Kind::Path) && !value.quoted
 }
 
 /// True if what stands where the positional would is a flag: `null:readonly`. Where any text could be meant, as in
