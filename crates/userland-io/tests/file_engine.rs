@@ -87,7 +87,7 @@ async fn what_cannot_be_opened_says_why_and_what_to_do() {
     let missing = refusal(File::open(&path)).await;
     assert_eq!(
         missing,
-        format!("{name} does not exist: give a size to create it")
+        format!("{name} does not exist: give a size (size=10G, say) to create it")
     );
     let read_only = refusal(File::open(&path).size(4096).read_only(true)).await;
     assert!(

@@ -155,7 +155,7 @@ impl OpenFile {
         if self.size.is_none() || self.read_only {
             let advice = match self.read_only {
                 true => "does not exist, and a read-only disk is not created",
-                false => "does not exist: give a size to create it",
+                false => "does not exist: give a size (size=10G, say) to create it",
             };
             return Err(self.refuse(ErrorKind::Io, advice));
         }
