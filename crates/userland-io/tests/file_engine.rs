@@ -122,6 +122,24 @@ async fn what_cannot_be_opened_says_why_and_what_to_do() {
 }
 
 #[tokio::test]
+async fn a_creation_that_was_cut_short_is_finished() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("disk.img");
+    fs::write(&path, []).unwrap();
+    let text = refusal(File::open(&path).size(8192).read_only(true)).await;
+    assert!(text.contains("has 0 bytes"), "{text}");
+    // In use, it is somebody else's to finish.
+    let other = File::open(&path).await.unwrap();
+    let text = refusal(File::open(&path).size(8192)).await;
+    assert!(text.contains("is in use"), "{text}");
+    assert_eq!(fs::metadata(&path).unwrap().len(), 0);
+    drop(other);
+    let disk = File::open(&path).size(8192).await.unwrap();
+    assert_eq!(disk.geometry().size, 8192);
+    assert_eq!(fs::metadata(&path).unwrap().len(), 8192);
+}
+
+#[tokio::test]
 async fn a_read_only_disk_takes_no_mutation() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("disk.img");

@@ -48,8 +48,8 @@ impl File {
 }
 
 impl OpenFile {
-    /// The disk's size in bytes. A file that does not exist is created, sparse and durably; one that does
-    /// must be of this size. If left out: the size there is.
+    /// The disk's size in bytes. A file that does not exist is created, sparse and durably; so is one that is
+    /// empty, as a creation that was cut short leaves it. Any other must be of this size. If left out: the size there is.
     pub fn size(mut self, bytes: u64) -> Self {
         self.size = Some(bytes);
         self
@@ -194,12 +194,14 @@ impl OpenFile {
             file,
             metadata,
             kind,
-            created,
+            ..
         } = opened;
-        if let (true, Some(size)) = (created, self.size) {
+        let mut there = self.length(kind, &file)?;
+        // The lock is held, and an empty file has nothing to lose.
+        if let (Kind::File, false, 0, Some(size)) = (kind, self.read_only, there, self.size) {
             self.grow(&file, size)?;
+            there = size;
         }
-        let there = self.length(kind, &file)?;
         if let Some(size) = self.size.filter(|size| *size != there) {
             let text = format!(
                 "has {there} bytes, but a size of {size} was asked for: leave the size out to open it as it is"
