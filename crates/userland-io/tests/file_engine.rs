@@ -348,6 +348,22 @@ mod linux {
     }
 
     #[tokio::test]
+    async fn a_file_in_memory_claims_no_more_than_memory_keeps() {
+        let Ok(place) = tempfile::tempdir_in("/dev/shm") else {
+            return;
+        };
+        let path = place.path().join("disk.img");
+        let disk = File::open(&path).size(1 << 20).await.unwrap();
+        let geometry = disk.geometry();
+        geometry.validate().unwrap();
+        assert_eq!(geometry.crash, CrashLevel::None);
+        assert!(!geometry.needs_flush());
+        assert!(!geometry.features.contains(Features::FUA));
+        assert!(geometry.features.contains(Features::SURVIVES_KILL));
+        disk.flush().await.unwrap();
+    }
+
+    #[tokio::test]
     async fn a_discard_frees_space_and_reads_as_zeroes() {
         for place in places() {
             let path = place.path().join("disk.img");

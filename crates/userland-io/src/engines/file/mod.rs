@@ -47,7 +47,8 @@ pub use open::OpenFile;
 /// # Claims
 ///
 /// [`CrashLevel::Flush`](crate::CrashLevel::Flush), and every completed mutation survives the end of the
-/// process. On Linux also: `FUA` where the file system is known to honour it, `write_zeroes`; for files
+/// process. A file that Linux keeps in memory only (tmpfs, ramfs) is gone when the machine stops, whatever was
+/// flushed: there it is [`CrashLevel::None`](crate::CrashLevel::None). On Linux also: `FUA` where the file system is known to honour it, `write_zeroes`; for files
 /// `extents`, and `discard` (to zeroes) where holes can be punched; for devices `discard` (to anything).
 ///
 /// After a failed flush every mutation and flush fails until the file is opened again, because the kernel
@@ -117,6 +118,11 @@ impl Engine for File {
         }
         self.pool.settle().await;
         self.sync().await
+    }
+
+    /// Flushes whatever is claimed: that waits for dropped operations.
+    async fn close(&self) -> Result {
+        self.flush().await
     }
 
     async fn discard(&self, range: Range<u64>) -> Result {

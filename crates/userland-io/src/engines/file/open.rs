@@ -211,14 +211,17 @@ impl OpenFile {
         if there > Geometry::MAX_SIZE {
             return Err(self.refuse(ErrorKind::Invalid, "is longer than 2^63 - 1 bytes"));
         }
-        let mut geometry = match self.read_only {
-            true => Geometry::read_only(there),
-            false => Geometry::writable(there, CrashLevel::Flush),
+        // Device nodes lie on such a file system too.
+        let in_memory = kind == Kind::File && sys::is_in_memory(&file);
+        let mut geometry = match (self.read_only, in_memory) {
+            (true, _) => Geometry::read_only(there),
+            (false, true) => Geometry::writable(there, CrashLevel::None),
+            (false, false) => Geometry::writable(there, CrashLevel::Flush),
         };
         geometry.features |= Features::SURVIVES_KILL;
         let mut image = Image {
             calls,
-            never_waits: sys::never_waits(&file),
+            never_waits: in_memory,
             file,
             beside: None,
             geometry,

@@ -178,16 +178,15 @@ pub(in super::super) fn honours_durable_writes(file: &File) -> bool {
     const XFS: u32 = 0x5846_5342;
     const BTRFS: u32 = 0x9123_683e;
     const F2FS: u32 = 0xf2f5_2010;
-    [EXT, XFS, BTRFS, F2FS, TMPFS].contains(&file_system(file))
+    [EXT, XFS, BTRFS, F2FS].contains(&file_system(file))
 }
 
-/// True if the file system keeps its bytes in memory only, where reads and writes are copies.
-pub(in super::super) fn never_waits(file: &File) -> bool {
+/// True if the file system keeps its bytes in memory only: reads and writes are copies, and no sync makes them last.
+pub(in super::super) fn is_in_memory(file: &File) -> bool {
+    const TMPFS: u32 = 0x0102_1994;
     const RAMFS: u32 = 0x8584_58f6;
     [TMPFS, RAMFS].contains(&file_system(file))
 }
-
-const TMPFS: u32 = 0x0102_1994;
 
 /// The magic number of the file system that holds `file`, 0 if it cannot be told.
 fn file_system(file: &File) -> u32 {

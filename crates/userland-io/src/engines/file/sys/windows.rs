@@ -28,7 +28,7 @@ impl Calls for Os {
 }
 
 /// It cannot be told here.
-pub(in super::super) fn never_waits(_: &File) -> bool {
+pub(in super::super) fn is_in_memory(_: &File) -> bool {
     false
 }
 
