@@ -36,7 +36,9 @@
 //! ```
 //!
 //! Nothing in it checks a range, splits a request or emulates a flag: the device's edge
-//! ([`Checked`]) lets only requests through that make sense.
+//! ([`Checked`]) lets only requests through that make sense. Besides this crate it needs `tokio` with the features
+//! `rt-multi-thread` and `macros`. Served like this a disk is not closed on Ctrl-C; at [`transports::nbd`]'s `Server` is
+//! an example that does.
 //!
 //! # Where to look
 //!
@@ -48,6 +50,10 @@
 //! | use what is there | [`engines`], [`layers`], and [`stack`] to compose them from words at run time |
 //! | serve it | [`Device`], [`transports`] |
 //! | copy one disk onto another | [`copy`](mod@copy) |
+//! | do without a program of your own | the command `ulio` of the source tree |
+//! | test that an engine keeps its promises | the crate `userland-io-testing` |
+//!
+//! The guides `docs/writing-an-engine.md` and `docs/writing-a-layer.md` go through all of it step by step.
 //!
 //! # The contract
 //!

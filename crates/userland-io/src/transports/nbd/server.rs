@@ -152,6 +152,9 @@ impl Server {
 
     /// Serves at `address` (see [`bind`](Self::bind)) until the process ends or the future is dropped.
     ///
+    /// Ctrl-C is not looked at: it kills the process, without a flush, and leaves a Unix socket's file behind. To
+    /// flush and close first, use `bind` and [`shutdown`](ServerHandle::shutdown), as the example at [`Server`] does.
+    ///
     /// # Errors
     /// As `bind`.
     pub async fn serve(self, address: &str) -> Result {
