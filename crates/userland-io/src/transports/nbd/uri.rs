@@ -122,7 +122,7 @@ fn parse(text: &str) -> Result<Uri, String> {
     check_export(&export)?;
     let address = match (unix, socket) {
         (true, None) => {
-            return Err("a nbd+unix URI names its socket: add ?socket=/path".into());
+            return Err("an nbd+unix URI names its socket: add ?socket=/path".into());
         }
         (true, Some(socket)) => {
             if !authority.is_empty() {
