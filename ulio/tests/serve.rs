@@ -117,7 +117,13 @@ fn what_to_type_is_on_stderr_and_uris_alone_on_stdout() {
         "{}",
         ended.err
     );
-    for program in ["ulio info", "nbdinfo", "nbdcopy", "qemu-img info"] {
+    // A program that is on no search path is called by its path.
+    for program in [
+        env!("CARGO_BIN_EXE_ulio"),
+        "nbdinfo",
+        "nbdcopy",
+        "qemu-img info",
+    ] {
         assert!(
             ended.err.contains(&format!("  {program} ")),
             "{}",

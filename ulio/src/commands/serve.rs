@@ -217,7 +217,7 @@ impl<'a> About<'a> {
 fn to_try(uri: &Uri, read_only: bool) -> Vec<String> {
     let address = quoted(&uri.to_string());
     let mut list = vec![
-        format!("ulio info {address}"),
+        format!("{} info {address}", program()),
         format!("nbdinfo {address}"),
         format!("nbdcopy -p {address} copy.img"),
     ];
@@ -240,6 +240,15 @@ fn to_try(uri: &Uri, read_only: bool) -> Vec<String> {
         _ => {}
     }
     list
+}
+
+/// This program as it was called, so that what is printed works where it is on no search path.
+fn program() -> String {
+    let called = std::env::args().next();
+    match called.filter(|path| path.contains('/')) {
+        Some(path) => quoted(&path),
+        None => "ulio".to_owned(),
+    }
 }
 
 /// For a shell.
