@@ -58,7 +58,7 @@ Examples:
   ulio serve memory:1G --listen 'nbd+unix:///?socket=/run/disk.sock'
   ulio serve --export a=file:a.img --export b='file:b.img delay:read=5ms' --listen nbd://[::1]:10810")]
 pub(crate) struct Serve {
-    /// The words of the default export's stack, bottom first
+    /// The words of the default export's stack, bottom first, one argument each
     #[arg(value_name = "STACK", required_unless_present = "export")]
     pub(crate) stack: Vec<String>,
 
@@ -111,7 +111,7 @@ Examples:
   ulio info --map nbd://127.0.0.1:10809/a
   ulio info --json nbd://127.0.0.1:10809")]
 pub(crate) struct Info {
-    /// The words of a stack, bottom first, or a server's URI
+    /// The words of a stack, bottom first, one argument each, or a server's URI
     #[arg(value_name = "STACK|URI", required = true)]
     pub(crate) stack: Vec<String>,
 

@@ -5,6 +5,24 @@ use userland_io::stack::{Plan, Registry};
 
 use crate::errors::Failure;
 
+/// The stack whose words are `arguments`, one each.
+///
+/// A whole stack in quotes, as `copy` takes it, would be one word with a strange value: a file named
+/// `disk.img readonly`, say.
+pub(crate) fn parse(arguments: &[String], registry: &Registry) -> Result<Plan, Failure> {
+    if let Some(first) = arguments.first()
+        && registry
+            .parse(first)
+            .is_ok_and(|plan| plan.words().len() > 1)
+    {
+        return Err(Failure::Usage(format!(
+            "`{first}` is several words in one argument: leave out the quotes around them; a value with spaces \
+             has quotes of its own, such as \"file:'my disk.img'\""
+        )));
+    }
+    Ok(registry.parse_args(arguments)?)
+}
+
 /// Opens what `plan` says.
 pub(crate) async fn open(plan: &Plan) -> Result<Device, Failure> {
     let engine = plan.open().await?;
@@ -50,6 +68,22 @@ pub(crate) fn with_item(plan: &Plan, item: &str, registry: &Registry) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_whole_stack_in_one_argument_is_refused_and_a_value_with_spaces_is_not() {
+        let registry = Registry::builtin();
+        let parsed = |words: &[&str]| {
+            let words: Vec<_> = words.iter().map(|&word| word.to_owned()).collect();
+            parse(&words, &registry).map(|plan| plan.words().len())
+        };
+        for whole in ["file:disk.img readonly", "memory:1G delay:read=5ms"] {
+            let refused = format!("{:?}", parsed(&[whole]).unwrap_err());
+            assert!(refused.contains("several words"), "{refused}");
+        }
+        assert_eq!(parsed(&["memory:1G", "readonly"]).unwrap(), 2);
+        assert_eq!(parsed(&["file:my disk.img"]).unwrap(), 1);
+        assert_eq!(parsed(&["file:'disk.img readonly'"]).unwrap(), 1);
+    }
 
     #[test]
     fn a_source_is_marked_read_only_where_that_can_be() {

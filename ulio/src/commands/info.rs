@@ -16,7 +16,7 @@ use crate::stacks;
 const RUNS_AT_ONCE: usize = 4096;
 
 pub(crate) async fn run(arguments: Info, registry: &Registry) -> Result<(), Failure> {
-    let plan = registry.parse_args(&arguments.stack)?;
+    let plan = stacks::parse(&arguments.stack, registry)?;
     let name = plan.to_string();
     let exports = match server(&plan) {
         Some(uri) => list(&uri).await?,

@@ -86,7 +86,7 @@ async fn start(
 fn plans(arguments: &Serve, registry: &Registry) -> Result<Vec<(String, Plan)>, Failure> {
     let mut plans: Vec<(String, Plan)> = Vec::new();
     if !arguments.stack.is_empty() {
-        plans.push((String::new(), registry.parse_args(&arguments.stack)?));
+        plans.push((String::new(), stacks::parse(&arguments.stack, registry)?));
     }
     for export in &arguments.export {
         if plans.iter().any(|(name, _)| *name == export.name) {
