@@ -221,18 +221,19 @@ fn an_idle_client_does_not_hold_it() {
 
 #[test]
 fn a_failed_flush_at_the_end_is_its_failure() {
-    let ulio = Ulio::new();
-    ulio.write("disk.img", &[0; 1 << 20]);
-    // The first flush is the one of opening.
-    let server = Server::start(
-        &ulio,
-        "serve file:disk.img fault:ENOSPC,on=flush,after=1 --listen unix:s",
-        1,
-    );
-    let ended = server.stop();
-    assert_eq!(ended.code, Some(1), "{ended:#?}");
-    assert!(ended.err.contains("error: "), "{ended:#?}");
-    assert!(ended.err.contains("No space left"), "{ended:#?}");
+    // The first flush of a file is the one of opening. Memory has none to do, and still shows what a flush answers.
+    for stack in [
+        "file:disk.img fault:ENOSPC,on=flush,after=1",
+        "memory:1M fault:ENOSPC,on=flush",
+    ] {
+        let ulio = Ulio::new();
+        ulio.write("disk.img", &[0; 1 << 20]);
+        let server = Server::start(&ulio, &format!("serve {stack} --listen unix:s"), 1);
+        let ended = server.stop();
+        assert_eq!(ended.code, Some(1), "{stack}: {ended:#?}");
+        assert!(ended.err.contains("error: "), "{stack}: {ended:#?}");
+        assert!(ended.err.contains("No space left"), "{stack}: {ended:#?}");
+    }
 }
 
 #[test]

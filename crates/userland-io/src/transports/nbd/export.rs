@@ -115,12 +115,9 @@ impl Export {
         self.device.serve(stream, input, session, environment).await
     }
 
-    /// Makes durable what clients have written, where the claims leave something to do.
+    /// Makes durable what clients have written.
     pub(crate) async fn flush(&self) -> Result {
-        match self.device.geometry().needs_flush() {
-            true => self.device.flush().await,
-            false => Ok(()),
-        }
+        self.device.flush().await
     }
 
     /// Gives the device's handle back; the last one closes the engine.
