@@ -147,26 +147,32 @@ impl<E: Engine> Walk<'_, E> {
             false => range.end - range.end % granule,
         };
         let block = u64::from(self.geometry.logical_block_size);
+        let len = end.saturating_sub(start) as usize;
+        // All at once: a block may be a byte.
+        let all = match len {
+            0 => Vec::new(),
+            _ => read(self.disk, start, len).await?,
+        };
         let mut at = start;
         while at < end {
             let part = at..(at + block).min(end);
             let inside = self.inside(&part);
-            let now = read(self.disk, part.start, inside.len()).await?;
+            let now = &all[(part.start - start) as usize..][..inside.len()];
             let zero = now.iter().all(|&byte| byte == 0);
             let legal = match self.geometry.discard {
                 Discard::Zeroes => zero,
-                Discard::OldOrZero => zero || now == self.model[inside.clone()],
+                Discard::OldOrZero => zero || *now == self.model[inside.clone()],
                 _ => true,
             };
             if !legal {
                 return Err(self.broken(format!(
                     "the claim is Discard::{:?}, but after discard {range:?} the bytes {part:?} are {}",
                     self.geometry.discard,
-                    head(&now)
+                    head(now)
                 )));
             }
             // Whatever it is, it stays.
-            self.model[inside].copy_from_slice(&now);
+            self.model[inside].copy_from_slice(now);
             at = part.end;
         }
         self.compare(self.around(&range)).await
