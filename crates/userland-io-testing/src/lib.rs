@@ -13,13 +13,19 @@
 //! * [`script`]: what the clients of a disk do, as a value, as text, at random.
 //! * [`mod@conformance`]: the suite for any engine, one line for its author.
 //! * [`torture`]: runs scripts against a [`Subject`], at random or exhaustively, and shrinks what fails.
+//! * [`mod@live`]: the same on a real executor, with real concurrency, against any engine.
+//! * [`mod@stack`]: subjects from words, such as `file:disk.img,size=1M offset:4K`.
 #![forbid(unsafe_code)]
 
 pub mod check;
 pub mod conformance;
+pub mod live;
+#[cfg(feature = "nbd")]
+pub mod nbd;
 pub mod reference;
 pub mod script;
 pub mod sim;
+pub mod stack;
 pub mod torture;
 
 pub use script::Script;

@@ -11,7 +11,7 @@ use userland_io::{
     Checked, Discard, Engine, ErrorKind, Extents, Geometry, ReadBuf, Result, WriteBuf, WriteFlags,
 };
 
-use crate::check::{Clause, History, OpId, Request, Verdict};
+use crate::check::{Clause, History, OpId, Request, Shape, Verdict};
 use crate::script::{Abandon, Action, Op};
 use crate::sim::World;
 
@@ -45,7 +45,8 @@ impl Desk<'_> {
         actions: impl Iterator<Item = &'a Action>,
     ) {
         for action in actions {
-            let Some(request) = self.request(action.op) else {
+            let shape = self.history.borrow().shape();
+            let Some(request) = request(action.op, shape, &self.geometry) else {
                 continue;
             };
             let id = self.history.borrow_mut().start(client, request.clone());
@@ -85,53 +86,6 @@ impl Desk<'_> {
             self.forgot.set(true);
             self.world.note_forgotten();
         }
-    }
-
-    /// What an operation of a script is on this disk, if it has it.
-    fn request(&self, op: Op) -> Option<Request> {
-        let cells = self.history.borrow().shape().cells();
-        let place = |at: u16, len: u16| -> Range<usize> {
-            let at = usize::from(at) % cells.max(1);
-            at..(at + usize::from(len).max(1)).min(cells)
-        };
-        let read_only = self.geometry.is_read_only();
-        let request = match op {
-            Op::Read(at, len) => Request::Read(place(at, len)),
-            Op::Extents(at, len) => Request::Extents(place(at, len)),
-            Op::Flush => Request::Flush,
-            _ if read_only => return None,
-            Op::Write(at, len, flags) => Request::Write(place(at, len), flags & WriteFlags::FUA),
-            Op::Zeroes(at, len, flags) => Request::Zeroes(place(at, len), flags),
-            Op::Discard(..) if self.geometry.discard == Discard::None => return None,
-            Op::Discard(at, len) => self.discard(place(at, len)),
-        };
-        Some(request)
-    }
-
-    /// A discard's edges are trimmed to whole granules, of which the last may be short.
-    fn discard(&self, cells: Range<usize>) -> Request {
-        let shape = self.history.borrow().shape();
-        let bytes = shape.bytes(cells);
-        let granule = self.geometry.discard_granule() as usize;
-        let start = bytes.start.next_multiple_of(granule);
-        let end = match bytes.end as u64 == self.geometry.size {
-            true => bytes.end,
-            false => bytes.end - bytes.end % granule,
-        };
-        let inner = match start < end {
-            true => start.div_ceil(shape.cell)..(end / shape.cell).max(start.div_ceil(shape.cell)),
-            false => 0..0,
-        };
-        let inner = match end == shape.len && start < end {
-            true => inner.start..shape.cells(),
-            false => inner,
-        };
-        // Exactly the granules: the edges are no business of the discard's.
-        let touched = match start < end {
-            true => start / shape.cell..end.div_ceil(shape.cell),
-            false => 0..0,
-        };
-        Request::Discard(touched, inner, self.geometry.discard)
     }
 
     /// Does the request, and notes what came of it.
@@ -199,4 +153,49 @@ impl Desk<'_> {
     fn note(&self, verdict: Verdict) {
         self.complaint.borrow_mut().get_or_insert(verdict);
     }
+}
+
+/// What an operation of a script is on this disk, if it has it.
+pub(crate) fn request(op: Op, shape: Shape, geometry: &Geometry) -> Option<Request> {
+    let cells = shape.cells();
+    let place = |at: u16, len: u16| -> Range<usize> {
+        let at = usize::from(at) % cells.max(1);
+        at..(at + usize::from(len).max(1)).min(cells)
+    };
+    let request = match op {
+        Op::Read(at, len) => Request::Read(place(at, len)),
+        Op::Extents(at, len) => Request::Extents(place(at, len)),
+        Op::Flush => Request::Flush,
+        _ if geometry.is_read_only() => return None,
+        Op::Write(at, len, flags) => Request::Write(place(at, len), flags & WriteFlags::FUA),
+        Op::Zeroes(at, len, flags) => Request::Zeroes(place(at, len), flags),
+        Op::Discard(..) if geometry.discard == Discard::None => return None,
+        Op::Discard(at, len) => discard(place(at, len), shape, geometry),
+    };
+    Some(request)
+}
+
+/// A discard's edges are trimmed to whole granules, of which the last may be short.
+fn discard(cells: Range<usize>, shape: Shape, geometry: &Geometry) -> Request {
+    let bytes = shape.bytes(cells);
+    let granule = geometry.discard_granule() as usize;
+    let start = bytes.start.next_multiple_of(granule);
+    let end = match bytes.end as u64 == geometry.size {
+        true => bytes.end,
+        false => bytes.end - bytes.end % granule,
+    };
+    let inner = match start < end {
+        true => start.div_ceil(shape.cell)..(end / shape.cell).max(start.div_ceil(shape.cell)),
+        false => 0..0,
+    };
+    let inner = match end == shape.len && start < end {
+        true => inner.start..shape.cells(),
+        false => inner,
+    };
+    // Exactly the granules: the edges are no business of the discard's.
+    let touched = match start < end {
+        true => start / shape.cell..end.div_ceil(shape.cell),
+        false => 0..0,
+    };
+    Request::Discard(touched, inner, geometry.discard)
 }

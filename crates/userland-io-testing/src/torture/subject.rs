@@ -15,10 +15,10 @@ type Opening = Pin<Box<dyn Future<Output = Result<Vec<Checked<AnyEngine>>>>>>;
 /// It is opened on blank disks first and again after every crash, so opening must create what is
 /// not there and recover what is.
 pub struct Subject {
-    pub(super) name: String,
-    pub(super) disks: Vec<DiskConfig>,
-    pub(super) open: Box<dyn Fn(Vec<SimDisk>) -> Opening + Send + Sync>,
-    pub(super) cell: Option<usize>,
+    pub(crate) name: String,
+    pub(crate) disks: Vec<DiskConfig>,
+    pub(crate) open: Box<dyn Fn(Vec<SimDisk>) -> Opening + Send + Sync>,
+    pub(crate) cell: Option<usize>,
 }
 
 impl Subject {
@@ -71,6 +71,14 @@ impl Subject {
     /// Changes what its disks are like.
     pub fn each_disk(&mut self, change: impl FnMut(&mut DiskConfig)) {
         self.disks.iter_mut().for_each(change);
+    }
+
+    /// Opens it where it stands on no simulated disk, for what is not a run.
+    ///
+    /// # Errors
+    /// What opening answers.
+    pub async fn open_real(&self) -> Result<Vec<Checked<AnyEngine>>> {
+        (self.open)(Vec::new()).await
     }
 
     /// Its name.

@@ -1,0 +1,8 @@
+//! A runtime for the live checks.
+
+/// Two threads, so that requests truly run at the same time.
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(2).enable_all().build();
+    runtime.expect("a runtime").block_on(future)
+}
