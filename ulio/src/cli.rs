@@ -1,14 +1,16 @@
 //! The arguments: what each command takes, and the examples in its help.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::styling::{AnsiColor, Styles};
-use clap::{Args, Parser, Subcommand, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use userland_io::copy::CopyOptions;
 use userland_io::stack::{parse_duration, parse_size};
 use userland_io::transports::nbd::{Uri, UriError};
+use userland_io_testing::Script;
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -41,6 +43,7 @@ pub(crate) enum Command {
     Serve(Serve),
     Info(Info),
     Copy(Copy),
+    Torture(Torture),
     Engines(Engines),
     Completions(Completions),
     Man(Man),
@@ -165,6 +168,94 @@ pub(crate) struct Copy {
     pub(crate) no_progress: bool,
 }
 
+/// Look for a way to make a disk break its promises
+///
+/// Random clients write, read, zero, discard and flush at the same time; every block says who wrote it, so every read can
+/// be judged. Where it is possible the stack runs over a simulated disk that stands in for `file:` or `memory:`: it fails,
+/// it stops at any moment, and what is left then is judged by what the stack claims. Nothing real is touched then. Where it is
+/// not possible, or with --real, the checks run on the disk itself, without crashes. The report is on stdout;
+/// when a promise was broken it has what happened, the smallest script that shows it, and the exit code is 1.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio torture memory:64M
+  ulio torture --claim prefix file:disk.img,size=1M offset:64K
+  ulio torture --through nbd --connections 4 file:disk.img,size=1M
+  ulio torture --uri nbd://127.0.0.1:10809 --overwrite --minutes 10")]
+pub(crate) struct Torture {
+    /// The words of the stack, bottom first
+    #[arg(value_name = "STACK", required_unless_present = "uri")]
+    pub(crate) stack: Vec<String>,
+
+    /// Torture a running NBD server's export instead; what it holds is overwritten
+    #[arg(long, value_name = "URI", conflicts_with = "stack", value_parser = nbd_uri)]
+    pub(crate) uri: Option<String>,
+
+    /// Allow what a disk that exists holds to be overwritten
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+
+    /// Judge crashes by this claim rather than by the stack's own
+    #[arg(long, value_enum)]
+    pub(crate) claim: Option<Claim>,
+
+    /// Which seeds: how many, or from one to before another; the default is 10000 simulated or 300 on a real disk
+    #[arg(long, value_name = "N|A..B", value_parser = seeds)]
+    pub(crate) seeds: Option<Range<u64>>,
+
+    /// Only this seed
+    #[arg(long, value_name = "N", conflicts_with_all = ["seeds", "minutes"])]
+    pub(crate) seed: Option<u64>,
+
+    /// Only this script, as a report has it
+    #[arg(long, conflicts_with_all = ["seeds", "seed", "minutes"])]
+    pub(crate) script: Option<Script>,
+
+    /// How long to go on, whatever the number of seeds
+    #[arg(long, value_name = "N", value_parser = count::<1_000_000>)]
+    pub(crate) minutes: Option<usize>,
+
+    /// How many simulations run at once; the default is one for each core
+    #[arg(long, short, value_name = "N", value_parser = count::<1024>)]
+    pub(crate) jobs: Option<usize>,
+
+    /// Go through a real server and client
+    #[arg(long, value_enum, conflicts_with = "uri")]
+    pub(crate) through: Option<Through>,
+
+    /// How many connections to the server, where it can have several
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count::<64>)]
+    pub(crate) connections: usize,
+
+    /// Use the disk itself, even if it could be simulated
+    #[arg(long)]
+    pub(crate) real: bool,
+
+    /// Without errors of the simulated disk and without abandoned requests
+    #[arg(long)]
+    pub(crate) gentle: bool,
+}
+
+/// What a crash leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Claim {
+    /// What a flush covered
+    Flush,
+    /// All up to some moment, and what a flush covered
+    Prefix,
+    /// Everything that was answered
+    Sync,
+    /// Nothing
+    None,
+}
+
+/// A way to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Through {
+    /// An NBD server and client of this library, and a socket between them
+    Nbd,
+}
+
 /// List the engines and layers that stacks are made of, with every key
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -236,6 +327,23 @@ fn listen(text: &str) -> Result<String, String> {
         }
     }
     Ok(text.to_owned())
+}
+
+fn nbd_uri(text: &str) -> Result<String, String> {
+    let uri: Result<Uri, UriError> = text.parse();
+    uri.map(|_| text.to_owned())
+        .map_err(|error| error.to_string())
+}
+
+fn seeds(text: &str) -> Result<Range<u64>, String> {
+    let number = |text: &str| text.parse::<u64>().ok();
+    let range = match text.split_once("..") {
+        Some((from, to)) => number(from).zip(number(to)).map(|(from, to)| from..to),
+        None => number(text).map(|count| 0..count),
+    };
+    range.filter(|range| !range.is_empty()).ok_or_else(|| {
+        "write how many, such as 10000, or from where to where, such as 500..600".to_owned()
+    })
 }
 
 fn mode(text: &str) -> Result<u32, String> {

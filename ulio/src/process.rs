@@ -20,6 +20,7 @@ pub(crate) fn run(arguments: Cli) -> Result<(), Failure> {
         Command::Serve(serve) => block_on(commands::serve::run(serve, &registry)),
         Command::Info(info) => block_on(commands::info::run(info, &registry)),
         Command::Copy(copy) => block_on(commands::copy::run(copy, &registry)),
+        Command::Torture(torture) => block_on(commands::torture::run(torture, &registry)),
         Command::Engines(engines) => commands::engines::run(engines, &registry),
         Command::Completions(completions) => commands::completions::run(completions),
         Command::Man(man) => commands::man::run(man),

@@ -6,3 +6,4 @@ pub(crate) mod engines;
 pub(crate) mod info;
 pub(crate) mod man;
 pub(crate) mod serve;
+pub(crate) mod torture;
