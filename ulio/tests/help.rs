@@ -43,6 +43,7 @@ fn man_writes_a_page_for_each_command() {
         "ulio-info",
         "ulio-copy",
         "ulio-engines",
+        "ulio-torture",
         "ulio-completions",
         "ulio-man",
     ] {
@@ -53,7 +54,7 @@ fn man_writes_a_page_for_each_command() {
     }
     assert_eq!(
         std::fs::read_dir(ulio.path("pages/man1")).unwrap().count(),
-        7
+        8
     );
     assert!(ulio.run("man").ok().contains(".TH ulio 1"));
 }
