@@ -64,6 +64,11 @@
 //! # Cargo features
 //!
 //! * `nbd` (default): the NBD server and client, [`transports::nbd`].
+//! * `attach` (Linux): block devices under `/dev`, the module `attach`. It takes `ublk`, `kernel-nbd` and `fuse` with it, the
+//!   ways to make them.
+
+#[cfg(all(feature = "attach", target_os = "linux"))]
+pub mod attach;
 
 mod any;
 mod blocking;

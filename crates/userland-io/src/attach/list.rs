@@ -1,0 +1,238 @@
+//! What is attached on this machine, by whichever process, and taking away what dead ones left.
+//!
+//! All of it blocks for moments: it is for command lines, not for a task among others.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use super::holders::{claim, holders_besides};
+use super::record::Record;
+use super::{DetachError, Via, way};
+use crate::Op;
+
+/// How long a daemon may take to tell its counters.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Every device on record, of the living and of the dead.
+///
+/// # Errors
+/// If `/run/ulio` cannot be read. That it is not there is no error.
+pub fn list() -> io::Result<Vec<Listed>> {
+    let records = Record::all()?.into_iter();
+    let listed = records.map(|record| Listed {
+        state: match (record.is_alive(), &record.device) {
+            (true, Some(_)) => State::Running,
+            (true, None) => State::Starting,
+            (false, Some(device)) if record.recoverable && device.exists() => State::Waiting,
+            (false, _) => State::Stale,
+        },
+        record,
+    });
+    Ok(listed.collect())
+}
+
+/// A device on record.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    record: Record,
+    state: State,
+}
+
+/// How a device on record is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its process lives, and is about to make it.
+    Starting,
+    /// Its process lives and serves it.
+    Running,
+    /// Its process died, and it waits for another to resume it. Whoever uses it waits too.
+    Waiting,
+    /// Its process died. What it left can be removed.
+    Stale,
+}
+
+impl State {
+    /// Its name: `starting`, `running`, `waiting` or `stale`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            State::Starting => "starting",
+            State::Running => "running",
+            State::Waiting => "waiting",
+            State::Stale => "stale",
+        }
+    }
+}
+
+/// What a living device has done since it was attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    operations: Vec<(Op, [u64; 3])>,
+    data: Option<u64>,
+}
+
+impl Counters {
+    /// How many requests for `op` were answered, how many bytes those that succeeded had, and how many failed.
+    pub fn of(&self, op: Op) -> (u64, u64, u64) {
+        let found = self.operations.iter().find(|(of, _)| *of == op);
+        let [ops, bytes, errors] = found.map_or([0; 3], |(_, counts)| *counts);
+        (ops, bytes, errors)
+    }
+
+    /// How many bytes of the disk are data, not holes; `None` if the disk cannot tell, or has too many to count.
+    pub fn data(&self) -> Option<u64> {
+        self.data
+    }
+
+    /// As [`parse`](Self::parse) reads it.
+    pub(super) fn text(stats: &crate::Stats, data: Option<u64>) -> String {
+        let line = |op: Op| {
+            let of = stats.of(op);
+            format!("{} {} {} {}\n", op.name(), of.ops, of.bytes, of.errors)
+        };
+        let mut text: String = Op::ALL.into_iter().map(line).collect();
+        if let Some(data) = data {
+            text += &format!("data {data}\n");
+        }
+        text
+    }
+
+    fn parse(text: &str) -> Self {
+        let mut counters = Counters::default();
+        for line in text.lines() {
+            let mut words = line.split(' ');
+            let name = words.next();
+            let mut numbers = words.map_while(|word| word.parse().ok());
+            let mut next = || numbers.next().unwrap_or(0);
+            if name == Some("data") {
+                counters.data = Some(next());
+            } else if let Some(op) = Op::ALL.into_iter().find(|op| Some(op.name()) == name) {
+                let counts = [next(), next(), next()];
+                counters.operations.push((op, counts));
+            }
+        }
+        counters
+    }
+}
+
+impl Listed {
+    /// The block device: `/dev/loop0`, say. `None` if its process has not made it, or died before.
+    pub fn path(&self) -> Option<&Path> {
+        self.record.device.as_deref()
+    }
+
+    /// The way by which it is attached.
+    pub fn via(&self) -> Via {
+        self.record.via
+    }
+
+    /// What its process called it.
+    pub fn label(&self) -> &str {
+        &self.record.label
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.record.size
+    }
+
+    /// True if it takes no writes.
+    pub fn is_read_only(&self) -> bool {
+        self.record.read_only
+    }
+
+    /// True if it outlives its process.
+    pub fn is_recoverable(&self) -> bool {
+        self.record.recoverable
+    }
+
+    /// The process that serves it, or served it.
+    pub fn pid(&self) -> u32 {
+        self.record.pid
+    }
+
+    /// How it was when it was listed.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// What it has done. `None` if its process does not answer within two seconds.
+    pub fn counters(&self) -> Option<Counters> {
+        match self.state {
+            State::Running => {
+                let text = self.ask("counters\n", Some(PATIENCE)).ok()?;
+                Some(Counters::parse(&text))
+            }
+            _ => None,
+        }
+    }
+
+    /// Everyone who uses it, its own process apart.
+    ///
+    /// # Errors
+    /// If the device is not there.
+    pub fn holders(&self) -> io::Result<Vec<super::Holder>> {
+        match self.path() {
+            Some(path) => holders_besides(path, Some(self.pid())),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Detaches it: by its process if that lives, which may take as long as a flush; else takes away what was left.
+    ///
+    /// # Errors
+    /// [`DetachError::InUse`] if somebody uses it: then nothing has changed.
+    pub fn detach(&self) -> Result<(), DetachError> {
+        let device = self.path().unwrap_or(Path::new("the device")).to_owned();
+        let failed = |error| DetachError::Kernel {
+            path: device.clone(),
+            error,
+        };
+        // Claimed until it is known to be unused.
+        let claimed = match self.path().map(claim) {
+            Some(Err(error)) if error.kind() == io::ErrorKind::ResourceBusy => {
+                return Err(DetachError::InUse {
+                    path: device,
+                    holders: self.holders().unwrap_or_default(),
+                });
+            }
+            claimed => claimed,
+        };
+        drop(claimed);
+        if self.record.is_alive() {
+            let answer = self.ask("detach\n", None).map_err(failed)?;
+            return match answer.trim_end() {
+                "" => Ok(()),
+                text => Err(failed(io::Error::other(text.to_owned()))),
+            };
+        }
+        way::remove_stale(&self.record).map_err(failed)?;
+        self.record.remove().map_err(failed)
+    }
+
+    fn ask(&self, order: &str, patience: Option<Duration>) -> io::Result<String> {
+        let mut socket = UnixStream::connect(self.record.socket())?;
+        socket.set_read_timeout(patience)?;
+        socket.write_all(order.as_bytes())?;
+        let mut text = String::new();
+        socket.take(64 << 10).read_to_string(&mut text)?;
+        Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_read_as_they_were_written() {
+        let text = Counters::text(&crate::Stats::default(), Some(17));
+        assert_eq!(Counters::parse(&text).data(), Some(17));
+        let counters = Counters::parse("read 3 4096 1\nnew 1 2\nwrite 7\n");
+        assert_eq!(counters.of(Op::Read), (3, 4096, 1));
+        assert_eq!(counters.of(Op::Write), (7, 0, 0));
+        assert_eq!(counters.of(Op::Flush), (0, 0, 0));
+        assert_eq!(counters.data(), None);
+    }
+}

@@ -1,0 +1,422 @@
+//! The thread that owns an attached device: makes it, follows the disk's size, answers for it, and takes it away.
+//!
+//! Its runtime is of that one thread, and drives the timers and sockets of the engine too. So nothing here
+//! waits for the device in a system call: that is for `spawn_blocking`.
+
+use std::io;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::holders::{claim, holders_besides};
+use super::list::Counters;
+use super::record::Record;
+use super::way::{self, Running, Settings};
+use super::{AttachError, DetachError, PassedOver, Via, process};
+use crate::{Device, Engine, ExtentKind, Extents, Features};
+
+/// How often a device whose handle was dropped is looked at: is it still in use?
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// How long whoever connects may take to say what they want.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How many stretches of data and holes are counted for one who asks, at most.
+const MOST_STRETCHES: usize = 100_000;
+
+/// Where the answer to an order goes.
+type Asked = oneshot::Sender<Result<(), DetachError>>;
+
+/// What a handle can ask for.
+#[derive(Debug)]
+pub(super) enum Order {
+    Detach(Asked),
+}
+
+/// What a handle knows of its device.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) path: PathBuf,
+    pub(super) via: Via,
+    pub(super) passed_over: Vec<PassedOver>,
+    pub(super) status: watch::Receiver<Status>,
+}
+
+/// What changes about it.
+#[derive(Debug)]
+pub(super) struct Status {
+    pub(super) size: u64,
+    /// Why it is gone; the inner `None` stands for detached.
+    pub(super) ended: Option<Option<String>>,
+}
+
+/// Starts the thread.
+pub(super) fn start<E: Engine>(
+    device: Device<E>,
+    settings: Settings,
+    orders: mpsc::UnboundedReceiver<Order>,
+    answer: oneshot::Sender<Result<Started, AttachError>>,
+) -> Result<(), AttachError> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(AttachError::NotRoot);
+    }
+    let work = move || {
+        if let Err(error) = process::mark_thread() {
+            tracing::debug!(%error, "this thread cannot be marked as one that writes back");
+        }
+        let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                let _ = answer.send(Err(AttachError::Thread(error)));
+                return;
+            }
+        };
+        let farewell = runtime.block_on(run(device, settings, orders, answer));
+        // Its last threads and files are gone before anybody hears of the end.
+        drop(runtime);
+        farewell.tell();
+    };
+    let thread = thread::Builder::new().name("ulio-attach".to_owned());
+    thread.spawn(work).map_err(AttachError::Thread)?;
+    Ok(())
+}
+
+/// The last words, and who hears them.
+#[derive(Default)]
+struct Farewell {
+    asked: Option<(Asked, Result<(), DetachError>)>,
+    status: Option<watch::Sender<Status>>,
+    why: Option<String>,
+}
+
+impl Farewell {
+    fn tell(self) {
+        // Nobody may be left to hear.
+        if let Some((asked, result)) = self.asked {
+            let _ = asked.send(result);
+        }
+        if let Some(status) = self.status {
+            status.send_modify(|status| status.ended = Some(self.why));
+        }
+    }
+}
+
+async fn run<E: Engine>(
+    device: Device<E>,
+    settings: Settings,
+    orders: mpsc::UnboundedReceiver<Order>,
+    answer: oneshot::Sender<Result<Started, AttachError>>,
+) -> Farewell {
+    // What is closed in the end is the caller's handle, not a read-only view of it.
+    let view = match settings.read_only {
+        true => device.read_only(),
+        false => device.clone(),
+    };
+    let mut attached = match attach(view, &settings).await {
+        Ok(attached) => attached,
+        Err(error) => {
+            if let Err(error) = device.close().await {
+                tracing::error!(%error, "the disk could not be closed");
+            }
+            let _ = answer.send(Err(error));
+            return Farewell::default();
+        }
+    };
+    let (status, watched) = watch::channel(Status {
+        size: attached.running.size(),
+        ended: None,
+    });
+    let started = Started {
+        path: attached.running.path().to_owned(),
+        via: attached.record.via,
+        passed_over: std::mem::take(&mut attached.passed_over),
+        status: watched,
+    };
+    // If nobody waits for it any more, the channel for orders is closed too, and it is detached.
+    let _ = answer.send(Ok(started));
+    let (asked, gone) = attached.serve(orders, &status).await;
+    let (mut result, why) = match gone {
+        Gone::Detached(result) => (result, None),
+        Gone::Ended(why) => (Ok(()), Some(why)),
+    };
+    let Attached { record, view, .. } = attached;
+    drop(view);
+    if let Err(error) = record.remove() {
+        tracing::warn!(%error, "the record of the device could not be removed");
+    }
+    let flushed = device.flush().await;
+    if let Err(error) = flushed.and(device.close().await) {
+        tracing::error!(%error, "the disk could not be flushed or closed");
+        result = result.and(Err(DetachError::Disk(error)));
+    }
+    Farewell {
+        asked: asked.map(|asked| (asked, result)),
+        status: Some(status),
+        why,
+    }
+}
+
+/// Makes the device, and puts it on record.
+async fn attach<E: Engine>(
+    view: Device<E>,
+    settings: &Settings,
+) -> Result<Attached<E>, AttachError> {
+    let geometry = view.geometry();
+    if settings.recoverable && !geometry.features.contains(Features::SURVIVES_KILL) {
+        return Err(AttachError::Refused(
+            "this disk cannot be recoverable: it does not claim SURVIVES_KILL, so writes that were answered may be \
+             gone when its process dies, which a file system that goes on would not notice"
+                .to_owned(),
+        ));
+    }
+    if geometry.size < u64::from(geometry.logical_block_size.max(512)) {
+        return Err(AttachError::Refused(format!(
+            "a disk of {} bytes has not one whole block: nothing to attach",
+            geometry.size
+        )));
+    }
+    let mut record = Record::create(&settings.label, geometry.is_read_only())?;
+    let (passed_over, started) = way::start(&view, settings, &mut record).await;
+    let Some((via, running)) = started else {
+        let _ = record.remove();
+        return Err(AttachError::NoWay(passed_over));
+    };
+    record.via = via;
+    record.recoverable = settings.recoverable;
+    record.device = Some(running.path().to_owned());
+    record.size = running.size();
+    let remains = running.remains().into_iter();
+    record.remains = remains
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect();
+    let listener = match record.save().and_then(|()| listen(&record)) {
+        Ok(listener) => listener,
+        Err(error) => {
+            if let Err(stuck) = running.detach().await {
+                tracing::warn!(error = %stuck.error, "detaching");
+            }
+            let path = record.socket();
+            let _ = record.remove();
+            return Err(AttachError::Record { path, error });
+        }
+    };
+    adopt(&record);
+    Ok(Attached {
+        view,
+        record,
+        running,
+        listener,
+        passed_over,
+    })
+}
+
+/// Removes the record of a dead process about the device that is ours now.
+fn adopt(own: &Record) {
+    for other in Record::all().unwrap_or_default() {
+        if other.id != own.id && other.device == own.device && !other.is_alive() {
+            let _ = other.remove();
+        }
+    }
+}
+
+fn listen(record: &Record) -> io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+    let path = record.socket();
+    // Left by a process that had the same number.
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+struct Attached<E> {
+    view: Device<E>,
+    record: Record,
+    running: Box<dyn Running>,
+    listener: UnixListener,
+    passed_over: Vec<PassedOver>,
+}
+
+enum Gone {
+    Detached(Result<(), DetachError>),
+    Ended(String),
+}
+
+impl<E: Engine> Attached<E> {
+    /// Serves until the device is gone.
+    async fn serve(
+        &mut self,
+        mut orders: mpsc::UnboundedReceiver<Order>,
+        status: &watch::Sender<Status>,
+    ) -> (Option<Asked>, Gone) {
+        let mut seen = self.view.geometry();
+        let mut is_dropped = false;
+        loop {
+            enum Event {
+                Order(Option<Order>),
+                Changed(crate::Geometry),
+                Ended(String),
+                Visitor(io::Result<UnixStream>),
+                Look,
+            }
+            let event = tokio::select! {
+                order = orders.recv(), if !is_dropped => Event::Order(order),
+                geometry = self.view.changed(seen) => Event::Changed(geometry),
+                why = self.running.ended() => Event::Ended(why),
+                visitor = self.listener.accept() => Event::Visitor(visitor.map(|(visitor, _)| visitor)),
+                () = tokio::time::sleep(LOOK_AGAIN), if is_dropped => Event::Look,
+            };
+            match event {
+                Event::Order(Some(Order::Detach(asked))) => match self.detach().await {
+                    Err(error @ DetachError::InUse { .. }) => {
+                        let _ = asked.send(Err(error));
+                    }
+                    result => return (Some(asked), Gone::Detached(result)),
+                },
+                Event::Order(None) => is_dropped = true,
+                Event::Look => match self.detach().await {
+                    Err(DetachError::InUse { .. }) => {}
+                    result => {
+                        if let Err(error) = &result {
+                            tracing::error!(%error, "detaching a device whose handle was dropped");
+                        }
+                        return (None, Gone::Detached(result));
+                    }
+                },
+                Event::Changed(geometry) => {
+                    seen = geometry;
+                    if let Err(error) = self.running.resize(geometry.size).await {
+                        let (device, to) = (self.running.path().display(), geometry.size);
+                        tracing::error!(%device, to, %error, "the device cannot follow the disk's size");
+                    }
+                    self.record.size = self.running.size();
+                    let _ = self.record.save();
+                    status.send_modify(|status| status.size = self.running.size());
+                }
+                Event::Ended(why) => return (None, Gone::Ended(why)),
+                Event::Visitor(Ok(visitor)) => {
+                    if let Some(gone) = self.receive(visitor).await {
+                        return (None, gone);
+                    }
+                }
+                Event::Visitor(Err(error)) => {
+                    tracing::debug!(%error, "accept");
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+            }
+        }
+    }
+
+    /// Answers another process.
+    async fn receive(&mut self, mut visitor: UnixStream) -> Option<Gone> {
+        let mut order = [0; 16];
+        let read = tokio::time::timeout(PATIENCE, visitor.read(&mut order)).await;
+        let Ok(Ok(len)) = read else {
+            return None;
+        };
+        match &order[..len] {
+            b"counters\n" => {
+                let counting = tokio::time::timeout(PATIENCE / 2, count_data(&self.view));
+                let data = counting.await.ok().flatten();
+                let text = Counters::text(&self.view.stats(), data);
+                let sending = visitor.write_all(text.as_bytes());
+                let _ = tokio::time::timeout(PATIENCE, sending).await;
+                None
+            }
+            b"detach\n" => {
+                let result = self.detach().await;
+                let text = match &result {
+                    Ok(()) => String::new(),
+                    Err(error) => error.to_string(),
+                };
+                let sending = visitor.write_all(text.as_bytes());
+                let _ = tokio::time::timeout(PATIENCE, sending).await;
+                match result {
+                    Err(DetachError::InUse { .. }) => None,
+                    result => Some(Gone::Detached(result)),
+                }
+            }
+            _ => None,
+        }
+    }
+
+    /// Takes the device away, unless it is in use.
+    async fn detach(&mut self) -> Result<(), DetachError> {
+        let path = self.running.path().to_owned();
+        let in_use = || DetachError::InUse {
+            path: path.clone(),
+            holders: holders_besides(&path, Some(std::process::id())).unwrap_or_default(),
+        };
+        // An exclusive open reads nothing, so it does not wait for the device.
+        if let Err(error) = claim(&path)
+            && error.kind() == io::ErrorKind::ResourceBusy
+        {
+            return Err(in_use());
+        }
+        let running = std::mem::replace(&mut self.running, Box::new(Nothing(path.clone())));
+        match running.detach().await {
+            Ok(()) => Ok(()),
+            Err(stuck) => match stuck.running {
+                Some(running) => {
+                    self.running = running;
+                    Err(in_use())
+                }
+                None => Err(DetachError::Kernel {
+                    path,
+                    error: stuck.error,
+                }),
+            },
+        }
+    }
+}
+
+/// How many bytes are data. `None` if the disk cannot tell, or it takes too long.
+async fn count_data<E: Engine>(device: &Device<E>) -> Option<u64> {
+    let geometry = device.geometry();
+    if !geometry.features.contains(Features::EXTENTS) {
+        return None;
+    }
+    let (mut at, mut data, mut left) = (0, 0, MOST_STRETCHES);
+    while at < geometry.size {
+        let mut extents = Extents::new(left.min(1024));
+        device.extents(at..geometry.size, &mut extents).await.ok()?;
+        let covered = extents.covered();
+        let is_data = |kind| kind == ExtentKind::Data;
+        data += extents
+            .iter()
+            .filter(|e| is_data(e.kind))
+            .map(|e| e.len)
+            .sum::<u64>();
+        left = left.saturating_sub(extents.iter().count());
+        if covered == 0 || left == 0 {
+            return None;
+        }
+        at += covered;
+        tokio::task::yield_now().await;
+    }
+    Some(data)
+}
+
+/// Stands where a device was, until its owner is gone too.
+struct Nothing(PathBuf);
+
+impl Running for Nothing {
+    fn path(&self) -> &std::path::Path {
+        &self.0
+    }
+    fn size(&self) -> u64 {
+        0
+    }
+    fn resize(&mut self, _: u64) -> way::Pending<'_, io::Result<()>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+    fn ended(&mut self) -> way::Pending<'_, String> {
+        Box::pin(std::future::pending())
+    }
+    fn detach(self: Box<Self>) -> way::Pending<'static, Result<(), way::Stuck>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
