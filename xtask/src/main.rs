@@ -1,4 +1,5 @@
-//! Everything that CI and a developer run: `cargo xtask test`, `cargo xtask fuzz`.
+//! Everything that CI and a developer run: `cargo xtask test`, `cargo xtask fuzz`,
+//! `cargo xtask vm`.
 //!
 //! A run is a list of steps (`test`), each a command whose output streams through
 //! and whose tests are counted (`report`). What a step needs from the machine is
@@ -19,6 +20,8 @@ mod packages;
 mod report;
 mod targets;
 mod test;
+#[cfg(target_os = "linux")]
+mod vm;
 
 /// Checks, tests and fuzzing of this workspace.
 #[derive(Debug, Parser)]
@@ -34,12 +37,22 @@ enum Command {
     Test(test::Options),
     /// Fuzz one target, or all of them in turn.
     Fuzz(fuzz::Options),
+    /// Run a command in a guest with a kernel of its own, over this machine's files.
+    #[cfg(target_os = "linux")]
+    Vm(vm::Options),
 }
 
 fn main() -> ExitCode {
+    #[cfg(target_os = "linux")]
+    vm::guest();
     let done = match Cli::parse().command {
         Command::Test(options) => test::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        #[cfg(target_os = "linux")]
+        Command::Vm(options) => match vm::run(options) {
+            Ok(status) => return status,
+            Err(error) => Err(error),
+        },
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

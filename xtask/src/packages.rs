@@ -6,6 +6,10 @@ use std::process::{Command, Stdio};
 /// Every package that a test uses, and what for. The only such list.
 const PACKAGES: &[(&str, &str)] = &[
     (
+        "busybox-static",
+        "brings a guest up that tests other kernels",
+    ),
+    (
         "e2fsprogs",
         "mke2fs, e2fsck and debugfs: a real file system through the server",
     ),
@@ -22,6 +26,8 @@ const PACKAGES: &[(&str, &str)] = &[
         "qemu-utils",
         "qemu-img, qemu-io and qemu-nbd: clients, and a server that our client talks to",
     ),
+    ("xz-utils", "unpacks the modules of a guest's kernel"),
+    ("zstd", "unpacks a guest's kernel"),
 ];
 
 /// Packages that only the long tests use.

@@ -53,6 +53,8 @@ pub(crate) fn run(options: &Options) -> Result<bool, String> {
     ]);
     report.step("documentation", &mut doc);
     tests(&mut report, options.long);
+    #[cfg(target_os = "linux")]
+    crate::vm::suites::run(&mut report, options.long);
     outsider::run(&mut report);
     targets::run(&mut report);
     fuzz::smoke(&mut report, options.long);

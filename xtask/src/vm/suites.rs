@@ -1,0 +1,162 @@
+//! Which test programs run in guests, and running them: built on the host, then all of a kernel's in one guest.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::{Engine, Kernel, tcg, uml};
+use crate::report::Report;
+use crate::root;
+
+/// A test program that runs in guests.
+struct Suite {
+    package: &'static str,
+    /// The name of the integration test: its file in `tests/` without `.rs`.
+    test: &'static str,
+    /// The tests that run, by a part of their names; empty: all.
+    only: &'static str,
+    kernel: Engine,
+    /// What its environment has beside the run's.
+    env: &'static [(&'static str, &'static str)],
+}
+
+/// The table. A line more is all that another suite takes.
+const SUITES: &[Suite] = &[];
+
+/// The longest time that one guest may take, in seconds.
+const TIMEOUT: u32 = 900;
+
+/// Runs the suites of each kernel that can be had, in one guest each.
+pub(crate) fn run(report: &mut Report, long: bool) {
+    if SUITES.is_empty() {
+        return;
+    }
+    let programs = match build() {
+        Ok(programs) => programs,
+        Err(error) => return report.check("test programs for guests", || Err(error)),
+    };
+    for (engine, name) in [(Engine::Uml, "uml"), (Engine::Tcg, "tcg")] {
+        let suites: Vec<&Suite> = SUITES
+            .iter()
+            .filter(|suite| suite.kernel == engine)
+            .collect();
+        if suites.is_empty() {
+            continue;
+        }
+        let step = format!("tests in a guest ({name})");
+        let kernel = match engine {
+            Engine::Uml => uml::Kernel::find().map(|kernel| kernel.map(Kernel::Uml)),
+            Engine::Tcg => tcg::Kernel::prepare().map(|kernel| Some(Kernel::Tcg(kernel))),
+        };
+        match kernel {
+            Ok(Some(kernel)) => println!("\n{}", kernel.describe()),
+            Ok(None) => {
+                let why = format!(
+                    "no kernel: set {}, or `cargo xtask vm --build-uml`",
+                    uml::VARIABLE
+                );
+                report.excuse(&step, &why);
+                continue;
+            }
+            Err(error) => {
+                report.excuse(&step, &error);
+                continue;
+            }
+        }
+        match script(name, &suites, &programs, long) {
+            Ok(script) => {
+                let mut cargo = Command::new("cargo");
+                cargo.args(["xtask", "vm", "-v", "--engine", name]);
+                cargo.args(["--timeout", &TIMEOUT.to_string(), "--", "sh"]);
+                report.step(&step, cargo.arg(script));
+            }
+            Err(error) => report.check(&step, || Err(error)),
+        }
+    }
+}
+
+/// A test program that was built.
+struct Program {
+    package: String,
+    test: String,
+    /// The directory of its package, in which cargo would run it.
+    dir: PathBuf,
+    path: PathBuf,
+}
+
+/// Builds all tests, with what `cargo xtask test` has built them with already.
+fn build() -> Result<Vec<Program>, String> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["test", "--workspace", "--all-features", "--no-run"]);
+    cargo.args(["--message-format", "json"]);
+    let output = cargo
+        .output()
+        .map_err(|error| format!("cannot run cargo: {error}"))?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().filter_map(program).collect())
+}
+
+/// The integration test that a line of cargo's tells of.
+fn program(line: &str) -> Option<Program> {
+    let message: Value = serde_json::from_str(line).ok()?;
+    let kinds = message["target"]["kind"].as_array()?;
+    if !kinds.iter().any(|kind| kind == "test") {
+        return None;
+    }
+    let manifest = Path::new(message["manifest_path"].as_str()?);
+    let dir = manifest.parent()?;
+    Some(Program {
+        // Packages have their directories' names here.
+        package: dir.file_name()?.to_str()?.to_owned(),
+        test: message["target"]["name"].as_str()?.to_owned(),
+        dir: dir.to_owned(),
+        path: message["executable"].as_str()?.into(),
+    })
+}
+
+/// Writes the script that a guest runs, and gives its place.
+fn script(
+    kernel: &str,
+    suites: &[&Suite],
+    programs: &[Program],
+    long: bool,
+) -> Result<PathBuf, String> {
+    let mut text = String::from("status=0\n");
+    for suite in suites {
+        let is_it =
+            |program: &&Program| program.package == suite.package && program.test == suite.test;
+        let Some(program) = programs.iter().find(is_it) else {
+            return Err(format!(
+                "{} has no test named {}",
+                suite.package, suite.test
+            ));
+        };
+        let env = suite
+            .env
+            .iter()
+            .map(|(key, value)| format!("{key}={value} "));
+        let env: String = env.collect();
+        let rest = if long {
+            " --include-ignored --skip child_"
+        } else {
+            ""
+        };
+        text += &format!(
+            "echo; echo '{env}{} {}'\ncd '{}' && {env}'{}' {}{rest} || status=1\n",
+            suite.test,
+            suite.only,
+            program.dir.display(),
+            program.path.display(),
+            suite.only
+        );
+    }
+    text += "exit $status\n";
+    let path = root().join(format!("target/guest-{kernel}.sh"));
+    fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(path)
+}
