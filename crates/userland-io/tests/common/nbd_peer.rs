@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::limits::{Environment, Limits, Shutdown};
 use userland_io::transports::nbd::session::{ContextKind, MetaContext, ReplyMode, Session};
-use userland_io::transports::nbd::transmission::{self, Budget};
+use userland_io::transports::nbd::transmission::{self, Budget, Chairs};
 use userland_io::transports::nbd::wire::{
     self, BlockSizes, CommandFlags, ReplyChunk, ReplyFlags, Request, SimpleReply,
     TransmissionFlags, chunk, cmd,
@@ -220,6 +220,7 @@ pub(crate) fn environment(limits: Limits) -> (watch::Sender<bool>, Environment) 
     let (sender, shutdown) = Shutdown::channel();
     let environment = Environment {
         budget: Budget::new(limits.max_server_bytes),
+        chairs: Chairs::default(),
         limits: Arc::new(limits),
         shutdown,
     };

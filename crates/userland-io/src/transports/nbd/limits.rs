@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::wire;
 
-pub use super::transmission::Budget;
+pub use super::transmission::{Budget, Chairs};
 
 /// How much a server lets its clients take. Every limit has a default that real clients never
 /// meet. There is no idle time-out: a disk that nobody reads for a week is no fault.
@@ -87,6 +87,8 @@ pub struct Environment {
     pub limits: Arc<Limits>,
     /// The memory of all its connections.
     pub budget: Budget,
+    /// Who of them may stay awake for the next request.
+    pub chairs: Chairs,
     /// Set when the server shuts down.
     pub shutdown: Shutdown,
 }

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use super::export::{Export, Exports};
-use super::limits::{Budget, Environment, Limits, Shutdown};
+use super::limits::{Budget, Chairs, Environment, Limits, Shutdown};
 use super::listen::{self, Listener, Peer};
 use super::negotiate::{self, Outcome};
 use super::socket::Stream;
@@ -136,6 +136,7 @@ impl Server {
             listeners,
             environment: Environment {
                 budget: Budget::new(limits.max_server_bytes),
+                chairs: Chairs::default(),
                 limits: Arc::new(limits),
                 shutdown,
             },

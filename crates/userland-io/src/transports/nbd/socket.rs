@@ -4,17 +4,27 @@
 //! [`Stream`], so that erasing an export costs one call a connection and no
 //! box around each read.
 
-use std::io;
+use std::io::{self, Read};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
 
 /// A byte stream on which the transmission phase can run.
-pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Receives what has come already, past the runtime: neither waits nor leaves a waker, so that it can
+    /// be asked over and over. Answers 0 at the end of the stream; `None` if nothing is there.
+    ///
+    /// Left out, nothing is ever there, and a connection sleeps as soon as it has nothing to do.
+    fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
+        let _ = to;
+        None
+    }
+}
 
 impl Socket for DuplexStream {}
 
@@ -30,7 +40,18 @@ pub enum Stream {
     Memory(DuplexStream),
 }
 
-impl Socket for Stream {}
+impl Socket for Stream {
+    // An error is left to the next receive, which meets it too.
+    fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
+        let socket = match self {
+            Stream::Tcp(stream) => SockRef::from(stream),
+            #[cfg(unix)]
+            Stream::Unix(stream) => SockRef::from(stream),
+            Stream::Memory(_) => return None,
+        };
+        (&*socket).read(to).ok()
+    }
+}
 
 macro_rules! each {
     ($self:ident, $stream:ident => $call:expr) => {

@@ -62,15 +62,31 @@ impl Input {
         stream: &mut S,
         most: usize,
     ) -> Poll<io::Result<usize>> {
+        let came = ready!(poll_receive(cx, stream, self.room(most)))?;
+        self.end += came;
+        Poll::Ready(Ok(came))
+    }
+
+    /// Receives up to `most` bytes with `receive`, which answers how many it has put into the memory it is given.
+    pub(super) fn receive_with(
+        &mut self,
+        most: usize,
+        receive: impl FnOnce(&mut [u8]) -> Option<usize>,
+    ) -> Option<usize> {
+        let came = receive(self.room(most))?;
+        self.end += came;
+        Some(came)
+    }
+
+    /// Where the next bytes go, up to `most` of them.
+    fn room(&mut self, most: usize) -> &mut [u8] {
         // As a rule less than a request header is at hand, so moving it costs nothing.
         if self.start > 0 {
             self.memory.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let room = self.memory.len().min(self.end.saturating_add(most));
-        let came = ready!(poll_receive(cx, stream, &mut self.memory[self.end..room]))?;
-        self.end += came;
-        Poll::Ready(Ok(came))
+        let end = self.memory.len().min(self.end.saturating_add(most));
+        &mut self.memory[self.end..end]
     }
 }
 

@@ -8,7 +8,7 @@ mod leaving;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
 use tokio::time::{Instant, Sleep};
@@ -21,6 +21,7 @@ use super::budget::Account;
 use super::command::{Done, Job, Outcome};
 use super::holes::Holes;
 use super::input::{self, Input};
+use super::linger::{Linger, Lingered};
 use super::output::Output;
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
@@ -59,6 +60,7 @@ pub(super) struct Connection<'a, S, F, G> {
     /// Long reads and new requests take turns.
     is_long_reads_turn: bool,
     holes: Option<Holes>,
+    linger: Linger,
     phase: Phase,
     state: State,
     result: io::Result<()>,
@@ -135,6 +137,7 @@ where
             long_reads: VecDeque::new(),
             is_long_reads_turn: false,
             holes: None,
+            linger: Linger::new(environment.chairs.clone()),
             phase: Phase::Header,
             state: State::Serving,
             result: Ok(()),
@@ -178,7 +181,7 @@ where
                 return Poll::Ready(std::mem::replace(&mut self.result, Ok(())));
             }
             self.has_moved |= moved;
-            if !moved && !self.tick(cx) {
+            if !moved && !self.tick(cx) && !self.linger(cx, wants) {
                 return Poll::Pending;
             }
         }
@@ -467,6 +470,47 @@ where
         sent > 0
     }
 
+    /// Stays awake for what is wanted, if that alone can move this connection. True if something came.
+    fn linger(&mut self, cx: &mut Context<'_>, wants: Wants) -> bool {
+        let waits_for_client = self.state == State::Serving
+            && self.slots.in_flight() == 0
+            && self.output.pending() == 0;
+        if !waits_for_client || wants == Wants::Nothing {
+            return false;
+        }
+        let (stream, input) = (&self.stream, &mut self.input);
+        let lingered = match &mut self.phase {
+            Phase::Payload { buffer, filled, .. } if wants == Wants::Payload => {
+                let lingered = self
+                    .linger
+                    .wait(|| stream.receive_now(&mut buffer[*filled..]));
+                if let Lingered::Came(came) = lingered {
+                    *filled += came;
+                }
+                lingered
+            }
+            _ => {
+                let most = most(self.was_direct);
+                let receive = || input.receive_with(most, |room| stream.receive_now(room));
+                let lingered = self.linger.wait(receive);
+                self.was_direct &= !matches!(lingered, Lingered::Came(_));
+                lingered
+            }
+        };
+        match lingered {
+            Lingered::Came(came) => {
+                self.moved_bytes += came;
+                came > 0
+            }
+            Lingered::Nothing => false,
+            Lingered::Enough => {
+                // Unlike a plain wake, this lets the runtime look after its sockets first.
+                let _ = pin!(tokio::task::yield_now()).poll(cx);
+                false
+            }
+        }
+    }
+
     /// Receives what is wanted.
     fn receive(&mut self, cx: &mut Context<'_>, wants: Wants) -> bool {
         if self.state != State::Serving {
@@ -483,10 +527,7 @@ where
                 received
             }
             _ => {
-                let most = match self.was_direct {
-                    true => AFTER_DIRECT,
-                    false => usize::MAX,
-                };
+                let most = most(self.was_direct);
                 let received = self.input.poll_receive(cx, &mut self.stream, most);
                 self.was_direct &= received.is_pending();
                 received
@@ -533,6 +574,14 @@ where
     fn ask(&mut self, offset: u64, length: u64) -> bool {
         let holes = self.holes.as_mut();
         holes.is_some_and(|holes| holes.ask(offset, length))
+    }
+}
+
+/// How many bytes the next receive may bring.
+fn most(was_direct: bool) -> usize {
+    match was_direct {
+        true => AFTER_DIRECT,
+        false => usize::MAX,
     }
 }
 

@@ -1,0 +1,215 @@
+//! Staying awake for some microseconds after the last reply, because the next request is often that near.
+//!
+//! To sleep and be woken takes longer than most requests. So a connection with nothing to do first
+//! asks its socket again and again, giving its core away in between. That costs processor time if
+//! nothing comes: after some misses in a row it sleeps at once for a while, and for longer each time,
+//! until lingering pays again. No more connections linger at a time than there are cores.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// For how long. A client on the same machine answers within it, as a rule, even if it must be woken on
+/// another core of a virtual machine first; 10 us are too short for that, and 40 bring nothing more.
+const PATIENCE: Duration = Duration::from_micros(25);
+/// So many misses in a row are bad luck.
+const MISSES: u32 = 3;
+/// The most chances to linger that are let go by in a row.
+const LONGEST_PAUSE: u32 = 1024;
+/// For how long a task may go on without going back to its runtime, which looks after the other
+/// sockets only then.
+const TURN: Duration = Duration::from_micros(300);
+
+/// Who may linger at a time: the connections of one server share it.
+#[derive(Clone, Debug)]
+pub struct Chairs(Arc<AtomicUsize>);
+
+impl Default for Chairs {
+    /// One for each core.
+    fn default() -> Self {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Chairs(Arc::new(AtomicUsize::new(cores)))
+    }
+}
+
+impl Chairs {
+    fn sit(&self) -> Option<Seated<'_>> {
+        // Nothing is read or written under a chair's protection: it only counts.
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| {
+                free.checked_sub(1)
+            })
+            .is_ok()
+            .then_some(Seated(self))
+    }
+}
+
+struct Seated<'a>(&'a Chairs);
+
+impl Drop for Seated<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// One connection's experience with lingering.
+#[derive(Debug)]
+pub(super) struct Linger {
+    chairs: Chairs,
+    misses: u32,
+    /// So many chances are let go by.
+    pause: u32,
+    /// How long the last pause was.
+    last_pause: u32,
+    /// When the task's turn began, if it has been prolonged.
+    turn: Option<Instant>,
+}
+
+/// What came of a chance to linger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lingered {
+    /// So many bytes came; 0 at the end of the stream.
+    Came(usize),
+    /// Nothing; the task should sleep.
+    Nothing,
+    /// The task has been awake for long enough: others should have a turn, then it may go on.
+    Enough,
+}
+
+impl Linger {
+    pub(super) fn new(chairs: Chairs) -> Self {
+        Linger {
+            chairs,
+            misses: 0,
+            pause: 0,
+            last_pause: 0,
+            turn: None,
+        }
+    }
+
+    /// Asks `receive` until something comes or it has been long enough.
+    pub(super) fn wait(&mut self, mut receive: impl FnMut() -> Option<usize>) -> Lingered {
+        if self.pause > 0 {
+            self.pause -= 1;
+            return Lingered::Nothing;
+        }
+        let Some(seated) = self.chairs.sit() else {
+            self.turn = None;
+            return Lingered::Nothing;
+        };
+        let start = Instant::now();
+        if start.duration_since(*self.turn.get_or_insert(start)) >= TURN {
+            self.turn = None;
+            return Lingered::Enough;
+        }
+        let came = loop {
+            let came = receive();
+            if came.is_some() || start.elapsed() >= PATIENCE {
+                break came;
+            }
+            // Whoever it waits for may need this core.
+            thread::yield_now();
+        };
+        drop(seated);
+        match came {
+            Some(came) => {
+                (self.misses, self.last_pause) = (0, 0);
+                Lingered::Came(came)
+            }
+            None => {
+                self.miss();
+                Lingered::Nothing
+            }
+        }
+    }
+
+    fn miss(&mut self) {
+        self.turn = None;
+        self.misses += 1;
+        if self.misses >= MISSES {
+            self.last_pause = (2 * self.last_pause).clamp(2, LONGEST_PAUSE);
+            self.pause = self.last_pause;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chairs(count: usize) -> Chairs {
+        Chairs(Arc::new(AtomicUsize::new(count)))
+    }
+
+    /// How many of `chances` are taken, if nothing ever comes.
+    fn taken(linger: &mut Linger, chances: u32) -> u32 {
+        let mut taken = 0;
+        for _ in 0..chances {
+            let mut asked = false;
+            let lingered = linger.wait(|| {
+                asked = true;
+                None
+            });
+            assert_eq!(lingered, Lingered::Nothing);
+            taken += u32::from(asked);
+        }
+        taken
+    }
+
+    #[test]
+    fn a_client_that_is_never_near_costs_one_wait_in_a_thousand() {
+        let mut linger = Linger::new(chairs(1));
+        // Three misses, then pauses of 2, 4 ... 1024.
+        assert_eq!(taken(&mut linger, 3 + 2046 + 9), 3 + 9);
+        assert_eq!(taken(&mut linger, 10 * 1025), 10);
+    }
+
+    #[test]
+    fn one_request_that_comes_in_time_ends_the_pauses() {
+        let mut linger = Linger::new(chairs(1));
+        taken(&mut linger, 3);
+        let mut chances = 0;
+        while linger.wait(|| Some(28)) != Lingered::Came(28) {
+            chances += 1;
+        }
+        assert_eq!(chances, 2);
+        assert_eq!(taken(&mut linger, 3), 3);
+        assert_eq!(taken(&mut linger, 3), 1);
+    }
+
+    #[test]
+    fn it_asks_until_something_comes() {
+        let mut linger = Linger::new(chairs(1));
+        let mut left = 3;
+        let lingered = linger.wait(|| {
+            left -= 1;
+            (left == 0).then_some(5)
+        });
+        assert_eq!(lingered, Lingered::Came(5));
+        assert_eq!(linger.chairs.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn no_more_linger_at_a_time_than_there_are_chairs() {
+        let chairs = chairs(1);
+        let mut inner = Linger::new(chairs.clone());
+        Linger::new(chairs).wait(|| {
+            assert_eq!(inner.wait(|| Some(1)), Lingered::Nothing);
+            Some(1)
+        });
+        assert_eq!(inner.wait(|| Some(1)), Lingered::Came(1));
+    }
+
+    #[test]
+    fn a_turn_ends_however_fast_requests_come() {
+        let mut linger = Linger::new(chairs(1));
+        let start = Instant::now();
+        while linger.wait(|| Some(28)) != Lingered::Enough {
+            assert!(start.elapsed() < Duration::from_secs(10));
+        }
+        assert!(start.elapsed() >= TURN);
+        // And the next one begins.
+        assert_eq!(linger.wait(|| Some(28)), Lingered::Came(28));
+    }
+}
