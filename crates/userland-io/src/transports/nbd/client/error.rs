@@ -35,7 +35,7 @@ pub enum ConnectError {
     #[error("not an NBD server that this client can talk to: {0}")]
     NotNbd(String),
     /// The server has no export of this name.
-    #[error("the server has no export {name:?}{said}")]
+    #[error("{}", unknown(.name, .said))]
     UnknownExport {
         /// The name asked for; the empty one asks for the default export.
         name: String,
@@ -69,6 +69,16 @@ pub enum ConnectError {
     Geometry(#[from] InvalidGeometry),
 }
 
+/// Most servers say the same again, with the name: once is enough.
+fn unknown(name: &str, said: &str) -> String {
+    let (what, repeats) = match name {
+        "" => ("default export".to_owned(), said.contains("default export")),
+        name => (format!("export {name:?}"), said.contains(name)),
+    };
+    let said = if repeats { "" } else { said };
+    format!("the server has no {what}{said}")
+}
+
 impl From<ConnectError> for Error {
     fn from(error: ConnectError) -> Self {
         let kind = match &error {
@@ -79,5 +89,34 @@ impl From<ConnectError> for Error {
             _ => ErrorKind::Invalid,
         };
         Error::new(kind, error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_server_says_of_an_unknown_export_is_told_unless_it_is_the_same_again() {
+        let told = |name: &str, said: &str| {
+            let (name, said) = (name.to_owned(), said.to_owned());
+            ConnectError::UnknownExport { name, said }.to_string()
+        };
+        assert_eq!(
+            told("a", ": no \"a\" here"),
+            "the server has no export \"a\""
+        );
+        assert_eq!(
+            told("a", ": try b"),
+            "the server has no export \"a\": try b"
+        );
+        assert_eq!(
+            told("", ": try b"),
+            "the server has no default export: try b"
+        );
+        assert_eq!(
+            told("", ": there is no default export"),
+            "the server has no default export"
+        );
     }
 }

@@ -375,13 +375,25 @@ fn string(text: &str) -> Vec<u8> {
     bytes
 }
 
+/// `text` with what is no character to look at escaped; quotes stay as they are.
+fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '"' | '\'' => plain.push(c),
+            c => plain.extend(c.escape_debug()),
+        }
+    }
+    plain
+}
+
 /// What a reply that is neither expected nor `ACK` means.
 fn refusal(option: u32, reply: &Reply, export: &str) -> ConnectError {
     let text = &reply.data[..reply.data.len().min(MAX_STRING)];
     let text = String::from_utf8_lossy(text);
     let said = match text.trim() {
         "" => String::new(),
-        text => format!(": {}", text.escape_debug()),
+        text => format!(": {}", plain(text)),
     };
     let why = match reply.kind {
         rep::ERR_TLS_REQD => return ConnectError::TlsRequired,
