@@ -31,6 +31,7 @@ pub struct OpenFile {
     size: Option<u64>,
     direct: bool,
     read_only: bool,
+    existing: bool,
     threads: usize,
 }
 
@@ -42,6 +43,7 @@ impl File {
             size: None,
             direct: false,
             read_only: false,
+            existing: false,
             threads: 16,
         }
     }
@@ -65,6 +67,12 @@ impl OpenFile {
     /// Accepts no mutation, and shares the file with other readers. If left out: writable.
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.read_only = read_only;
+        self
+    }
+
+    /// Creates nothing, and leaves an empty file as it is: a size is only compared. If left out: creates what a size is given for.
+    pub fn existing(mut self, existing: bool) -> Self {
+        self.existing = existing;
         self
     }
 
@@ -152,10 +160,11 @@ impl OpenFile {
     }
 
     fn create(&self) -> Result<Opened> {
-        if self.size.is_none() || self.read_only {
-            let advice = match self.read_only {
-                true => "does not exist, and a read-only disk is not created",
-                false => "does not exist: give a size (size=10G, say) to create it",
+        if self.size.is_none() || self.read_only || self.existing {
+            let advice = match (self.read_only, self.existing, self.size) {
+                (_, true, Some(_)) => "does not exist, and was not to be created now",
+                (true, ..) => "does not exist, and a read-only disk is not created",
+                (false, ..) => "does not exist: give a size (size=10G, say) to create it",
             };
             return Err(self.refuse(ErrorKind::Io, advice));
         }
@@ -198,7 +207,8 @@ impl OpenFile {
         } = opened;
         let mut there = self.length(kind, &file)?;
         // The lock is held, and an empty file has nothing to lose.
-        if let (Kind::File, false, 0, Some(size)) = (kind, self.read_only, there, self.size) {
+        let keeps = self.read_only || self.existing;
+        if let (Kind::File, false, 0, Some(size)) = (kind, keeps, there, self.size) {
             self.grow(&file, size)?;
             there = size;
         }

@@ -75,6 +75,11 @@ fn file_entry() -> Entry {
             Kind::Flag,
             "refuse writes, and share the file with other readers",
         ))
+        .key(Key::new(
+            "existing",
+            Kind::Flag,
+            "create nothing: the file must be there, with the size if one is given",
+        ))
         .key(
             Key::new(
                 "threads",
@@ -99,6 +104,7 @@ async fn file(options: Options) -> Result<AnyEngine, Refusal> {
     let mut open = File::open(options.need::<std::path::PathBuf>("path")?)
         .direct(options.flag("direct"))
         .read_only(options.flag("readonly"))
+        .existing(options.flag("existing"))
         .threads(threads as usize);
     if let Some(size) = options.get("size") {
         open = open.size(size);
