@@ -53,6 +53,22 @@ pub(crate) fn read_only(plan: Plan, registry: &Registry) -> Plan {
     with_item(&plan, "readonly", registry).unwrap_or(plan)
 }
 
+/// `plan` with its bottom word told to create nothing, if it is one that creates.
+pub(crate) fn existing(plan: &Plan, registry: &Registry) -> Plan {
+    let bottom = plan.options().next();
+    let creates = bottom.is_some_and(|options| {
+        let mut keys = options.entry().keys.iter();
+        keys.any(|key| key.name == "existing") && !options.is_given("existing")
+    });
+    let marked = creates.then(|| with_item(plan, "existing", registry));
+    marked.flatten().unwrap_or_else(|| plan.clone())
+}
+
+/// The name of what `plan` rests on.
+pub(crate) fn bottom(plan: &Plan) -> Option<&'static str> {
+    Some(plan.options().next()?.entry().name)
+}
+
 /// `plan` with `item` added to its bottom word.
 pub(crate) fn with_item(plan: &Plan, item: &str, registry: &Registry) -> Option<Plan> {
     let mut words = plan.words().iter();
@@ -96,5 +112,20 @@ mod tests {
         assert_eq!(marked("null:1G,readonly=no"), "null:1G,readonly=no");
         assert_eq!(marked("memory:1G"), "memory:1G");
         assert_eq!(marked("null"), "null");
+    }
+
+    #[test]
+    fn what_would_create_is_told_not_to() {
+        let registry = Registry::builtin();
+        let marked = |words: &str| {
+            let plan = registry.parse(words).unwrap();
+            existing(&plan, &registry).to_string()
+        };
+        assert_eq!(
+            marked("file:a,size=1G readonly"),
+            "file:a,size=1G,existing readonly"
+        );
+        assert_eq!(marked("file:a,existing"), "file:a,existing");
+        assert_eq!(marked("memory:1G"), "memory:1G");
     }
 }
