@@ -104,6 +104,50 @@ fn a_read_only_target_is_refused() {
 }
 
 #[test]
+fn a_refused_copy_removes_the_target_that_it_created() {
+    let ulio = Ulio::new();
+    let there = |name: &str| ulio.path(name).exists();
+    sparse(&ulio, "a.img");
+    ulio.run("copy file:a.img file:short.img,size=1M")
+        .fails(1, &["7340032 fewer", "nothing was written"]);
+    assert!(!there("short.img"));
+    ulio.run_all(["copy", "file:a.img", "file:ro.img,size=8M readonly"])
+        .fails(1, &["read-only: nothing was written"]);
+    assert!(!there("ro.img"));
+    // The file is in order, what stands over it is not.
+    ulio.run_all(["copy", "file:a.img", "file:part.img partition:1"])
+        .fails(1, &["part"]);
+    assert!(!there("part.img"));
+    // What was there before stays, also an empty file.
+    ulio.write("empty.img", &[]);
+    ulio.run("copy file:a.img file:empty.img,size=1M")
+        .fails(1, &["nothing was written"]);
+    assert!(there("empty.img"));
+    // A copy that began leaves what it has.
+    let ran = ulio.run_all(["copy", "file:a.img fault:EIO,on=read", "file:begun.img"]);
+    assert!(ran.err.contains("the target is incomplete"), "{ran:#?}");
+    assert!(there("begun.img"));
+}
+
+#[test]
+fn a_file_is_not_copied_onto_itself() {
+    let ulio = Ulio::new();
+    let content = sparse(&ulio, "a.img");
+    std::fs::hard_link(ulio.path("a.img"), ulio.path("hard.img")).unwrap();
+    std::os::unix::fs::symlink("a.img", ulio.path("soft.img")).unwrap();
+    for target in [
+        "file:a.img",
+        "file:./a.img",
+        "file:hard.img",
+        "file:soft.img offset:1M",
+    ] {
+        ulio.run_all(["copy", "file:a.img", target])
+            .fails(1, &["source and target are the same file, a.img"]);
+    }
+    assert!(ulio.read("a.img") == content);
+}
+
+#[test]
 fn odd_sizes_are_copied_to_the_last_byte() {
     let ulio = Ulio::new();
     let content = noise(1_000_003, 2);

@@ -1,6 +1,8 @@
 //! `ulio copy`: opens two disks, and lets the library copy one onto the other.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use userland_io::copy::{Copied, CopyError, CopyOptions, copy};
 use userland_io::stack::{Plan, Registry};
@@ -17,9 +19,16 @@ pub(crate) async fn run(arguments: Copy, registry: &Registry) -> Result<(), Fail
     // Both are read before either is opened: a slip in the second leaves nothing behind.
     let from = registry.parse(&arguments.source)?;
     let to = registry.parse(&arguments.target)?;
+    if let Some(path) = same_file(&from, &to) {
+        return Err(Failure::Failed(format!(
+            "source and target are the same file, {}: a disk is not copied onto itself",
+            path.display()
+        )));
+    }
     let mut signals = Signals::listen()?;
 
-    let (source, target) = tokio::select! {
+    // Removed when dropped, unless the copy began.
+    let (source, target, created) = tokio::select! {
         opened = open(from, to, &arguments, registry) => opened?,
         () = signals.next() => return Err(Failure::Failed("interrupted before it began".to_owned())),
     };
@@ -40,6 +49,13 @@ pub(crate) async fn run(arguments: Copy, registry: &Registry) -> Result<(), Fail
     meter.end();
     signals.leave_on_next();
     let closed = close(source, target, &arguments).await;
+    let refused = matches!(
+        result,
+        Some(Err(CopyError::TooShort { .. } | CopyError::ReadOnly))
+    );
+    if let Some(created) = created.filter(|_| !refused) {
+        created.keep();
+    }
 
     let copied = match result {
         Some(result) => result.map_err(|error| explain(error, &arguments))?,
@@ -59,10 +75,10 @@ async fn open(
     to: Plan,
     arguments: &Copy,
     registry: &Registry,
-) -> Result<(Device, Device), Failure> {
+) -> Result<(Device, Device, Option<Created>), Failure> {
     let source = stacks::open(&stacks::read_only(from, registry)).await?;
     match open_target(to, registry, source.geometry()).await {
-        Ok(target) => Ok((source, target)),
+        Ok((target, created)) => Ok((source, target, created)),
         Err(failure) => {
             stacks::close(source, &arguments.source).await?;
             Err(failure)
@@ -76,30 +92,102 @@ async fn close(source: Device, target: Device, arguments: &Copy) -> Result<(), F
     target.and(source)
 }
 
-/// Opens the target; a file that is not there gets the source's size.
-async fn open_target(to: Plan, registry: &Registry, source: Geometry) -> Result<Device, Failure> {
-    let Some(path) = missing_file(&to) else {
-        return stacks::open(&to).await;
+/// Opens the target; a file that is not there gets the source's size, unless one is given.
+async fn open_target(
+    to: Plan,
+    registry: &Registry,
+    source: Geometry,
+) -> Result<(Device, Option<Created>), Failure> {
+    let Some(file) = file(&to).filter(|file| !file.refuses) else {
+        return Ok((stacks::open(&to).await?, None));
     };
+    // Where that fails, opening it says why.
+    let Ok(created) = Created::new(&file.path) else {
+        return Ok((stacks::open(&to).await?, None));
+    };
+    if file.sized {
+        return Ok((stacks::open(&to).await?, Some(created)));
+    }
     let sized = stacks::with_item(&to, &format!("size={}", source.size), registry);
     let target = stacks::open(&sized.unwrap_or(to)).await?;
     note(&format!(
         "created {} with the source's size, {}",
-        path.display(),
+        file.path.display(),
         size(source.size)
     ));
-    Ok(target)
+    Ok((target, Some(created)))
 }
 
-/// The file that `plan` rests on, if it does not exist and no size for it is given.
-fn missing_file(plan: &Plan) -> Option<PathBuf> {
+/// The file that a stack rests on.
+struct Bottom {
+    path: PathBuf,
+    sized: bool,
+    /// It is not to be created.
+    refuses: bool,
+}
+
+fn file(plan: &Plan) -> Option<Bottom> {
     let bottom = plan.options().next()?;
-    if bottom.entry().name != "file" || bottom.is_given("size") {
-        return None;
+    (bottom.entry().name == "file").then_some(())?;
+    Some(Bottom {
+        path: bottom.get("path")?,
+        sized: bottom.is_given("size"),
+        refuses: bottom.flag("readonly") || bottom.flag("existing"),
+    })
+}
+
+/// The file that both rest on, as the source names it.
+fn same_file(from: &Plan, to: &Plan) -> Option<PathBuf> {
+    let (from, to) = (file(from)?.path, file(to)?.path);
+    (Identity::of(&from)? == Identity::of(&to)?).then_some(from)
+}
+
+/// Tells a file from others, whatever path leads to it.
+#[derive(PartialEq, Eq)]
+struct Identity(#[cfg(unix)] (u64, u64), #[cfg(not(unix))] PathBuf);
+
+impl Identity {
+    #[cfg(unix)]
+    fn of(path: &Path) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let found = path.metadata().ok()?;
+        Some(Identity((found.dev(), found.ino())))
     }
-    let path: PathBuf = bottom.get("path")?;
-    // A dangling link is not "not there": opening it tells.
-    (path.symlink_metadata().err()?.kind() == std::io::ErrorKind::NotFound).then_some(path)
+
+    #[cfg(not(unix))]
+    fn of(path: &Path) -> Option<Self> {
+        path.canonicalize().ok().map(Identity)
+    }
+}
+
+/// A file that was not there before, still empty for the engine to size. Dropped, it is removed again.
+struct Created {
+    path: PathBuf,
+    identity: Option<Identity>,
+}
+
+impl Created {
+    fn new(path: &Path) -> io::Result<Self> {
+        File::create_new(path)?;
+        Ok(Created {
+            path: path.to_owned(),
+            identity: Identity::of(path),
+        })
+    }
+
+    /// It stays.
+    fn keep(mut self) {
+        self.identity = None;
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        // Another's by now, if it is another one.
+        if self.identity.is_some() && Identity::of(&self.path) == self.identity {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 fn explain(error: CopyError, arguments: &Copy) -> Failure {
