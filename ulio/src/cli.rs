@@ -58,7 +58,7 @@ pub(crate) enum Command {
 #[command(after_help = "\
 Examples:
   ulio serve file:disk.img,size=10G
-  ulio serve memory:1G --listen 'nbd+unix:///?socket=/run/disk.sock'
+  ulio serve memory:1G --listen unix:/run/disk.sock
   ulio serve --export a=file:a.img --export b='file:b.img delay:read=5ms' --listen nbd://[::1]:10810")]
 pub(crate) struct Serve {
     /// The words of the default export's stack, bottom first, one argument each
@@ -69,9 +69,10 @@ pub(crate) struct Serve {
     #[arg(long, short, value_name = "NAME=STACK", value_parser = export)]
     pub(crate) export: Vec<Export>,
 
-    /// Where to listen: `nbd://HOST[:PORT]` or `nbd+unix:///?socket=PATH`; port 0 takes a free one
+    /// Where to listen: `nbd://HOST[:PORT]` or `unix:PATH`
     ///
-    /// May be given several times. The default is port 10809 of this machine only, `nbd://127.0.0.1:10809` and
+    /// `HOST:PORT` is short for `nbd://HOST:PORT`, and `unix:PATH` for `nbd+unix:///?socket=PATH`; port 0 takes a free
+    /// one. May be given several times. The default is port 10809 of this machine only, `nbd://127.0.0.1:10809` and
     /// `nbd://[::1]:10809`; or, started by socket activation, the sockets handed over, which `systemd:NAME` means, too.
     #[arg(long, short, value_name = "URI", value_parser = listen)]
     pub(crate) listen: Vec<String>,

@@ -48,9 +48,16 @@ fn json_has_the_same_names_keys_and_defaults() {
 
 #[test]
 fn an_unknown_name_is_answered_with_those_that_exist() {
+    Ulio::new().run("engines nul").fails(
+        2,
+        &["no engine or layer is called `nul`; did you mean `null`?"],
+    );
     Ulio::new()
-        .run("engines nul")
-        .fails(2, &["no engine or layer is called `nul`", "memory", "null"]);
+        .run("engines fiel")
+        .fails(2, &["did you mean `file`?"]);
+    Ulio::new()
+        .run("engines zfs")
+        .fails(2, &["no engine or layer is called `zfs`", "memory", "null"]);
 }
 
 /// A reader that leaves early, as `head -1` does, is no fault: no panic, no message, no error.

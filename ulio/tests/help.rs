@@ -19,6 +19,20 @@ fn help_of_each_command_ends_with_examples() {
 }
 
 #[test]
+fn serve_says_every_way_to_write_an_address() {
+    let ran = Ulio::new().run("serve --help");
+    for form in [
+        "nbd://HOST[:PORT]",
+        "HOST:PORT",
+        "unix:PATH",
+        "nbd+unix:///?socket=PATH",
+        "systemd:",
+    ] {
+        assert!(ran.ok().contains(form), "{form}: {ran:#?}");
+    }
+}
+
+#[test]
 fn completions_know_the_commands_and_options() {
     let ulio = Ulio::new();
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
@@ -65,6 +79,10 @@ fn man_says_where_it_cannot_write() {
     ulio.write("file", b"");
     ulio.run("man file/pages")
         .fails(1, &["writing the pages to file/pages: Not a directory"]);
+    ulio.run("man file").fails(
+        2,
+        &["`file` is a file: name the directory that the pages are to be written to"],
+    );
 }
 
 #[test]

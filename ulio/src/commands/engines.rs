@@ -15,10 +15,15 @@ pub(crate) fn run(arguments: Engines, registry: &Registry) -> Result<(), Failure
     if let Some(name) = &arguments.name {
         entries.retain(|(_, entry)| entry.name == name);
         if entries.is_empty() {
-            let names: Vec<_> = registry.entries().map(|(_, entry)| entry.name).collect();
+            let advice = match registry.nearest(name) {
+                Some(near) => format!("did you mean `{near}`?"),
+                None => {
+                    let names: Vec<_> = registry.entries().map(|(_, entry)| entry.name).collect();
+                    format!("there are: {}", names.join(", "))
+                }
+            };
             return Err(Failure::Usage(format!(
-                "no engine or layer is called `{name}`; there are: {}",
-                names.join(", ")
+                "no engine or layer is called `{name}`; {advice}"
             )));
         }
     }

@@ -16,6 +16,12 @@ pub(crate) fn run(arguments: Man) -> Result<(), Failure> {
         results.bytes(&page)?;
         return results.end();
     };
+    if directory.is_file() {
+        return Err(Failure::Usage(format!(
+            "`{}` is a file: name the directory that the pages are to be written to",
+            directory.display()
+        )));
+    }
     let told = format!("writing the pages to {}", directory.display());
     std::fs::create_dir_all(&directory).map_err(|error| Failure::of(&told, error))?;
     let command = Cli::command().disable_help_subcommand(true);

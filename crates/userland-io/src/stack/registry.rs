@@ -154,6 +154,11 @@ impl Registry {
         self.parse_args(words)?.open().await
     }
 
+    /// The name that `wrong`, which is none, was most likely meant to be.
+    pub fn nearest(&self, wrong: &str) -> Option<&'static str> {
+        nearest(wrong, self.known.iter().map(|known| known.entry.name))
+    }
+
     /// Checks all names, keys and values of `words`.
     ///
     /// # Errors
@@ -382,8 +387,8 @@ impl Reader<'_> {
             true => format!("no engine takes `{name}://` addresses"),
             false => format!("no {what} is called `{name}`"),
         };
-        let names = self.registry.known.iter().map(|k| k.entry.name);
-        let mut help = nearest(name, names).map(|near| format!("did you mean `{near}`?"));
+        let near = self.registry.nearest(name);
+        let mut help = near.map(|near| format!("did you mean `{near}`?"));
         if help.is_none() && name.contains('.') {
             help = match before {
                 None => Some(format!("if it is a file: file:{word}")),
