@@ -55,11 +55,8 @@ fn a_read_only_export_says_so_and_offers_no_mutation() {
     let Some(nbdinfo) = need::program("nbdinfo") else {
         return;
     };
-    let served = Served::new(async |server| {
-        let disk = Device::open(Memory::new(SIZE)).await.unwrap();
-        server.export("ro", disk.read_only()).export("rw", disk)
-    });
-    for uri in served.uris("ro") {
+    let served = Served::also_read_only(SIZE);
+    for uri in served.uris("read-only") {
         let text = succeed(&nbdinfo, &["--json", &uri]);
         let info: Value = serde_json::from_str(&text).unwrap();
         let export = &info["exports"][0];
@@ -108,14 +105,7 @@ fn nbdinfo_maps_data_and_holes() {
     let Some(nbdinfo) = need::program("nbdinfo") else {
         return;
     };
-    let served = Served::new(async |server| {
-        let disk = Device::open(Memory::new(16 << 20)).await.unwrap();
-        let data = vec![7; 1 << 20];
-        disk.write(&WriteBuf::new(&data), 4 << 20, WriteFlags::empty())
-            .await
-            .unwrap();
-        server.export("disk", disk)
-    });
+    let served = Served::sparse();
     for uri in served.uris("disk") {
         let map: Value =
             serde_json::from_str(&succeed(&nbdinfo, &["--map", "--json", &uri])).unwrap();
@@ -193,21 +183,21 @@ fn nbdcopy_between_two_exports_keeps_every_byte() {
 
 #[test]
 fn python_sends_every_command() {
-    python("commands.py", "disk");
+    python("commands.py");
 }
 
 #[test]
 fn python_sends_bad_requests_and_the_connection_goes_on() {
-    python("bad_requests.py", "disk");
+    python("bad_requests.py");
 }
 
 #[test]
 fn python_walks_through_the_options() {
-    python("options.py", "disk");
+    python("options.py");
 }
 
 /// Runs a script with the URIs of a writable and of a read-only export, over each transport.
-fn python(script: &str, export: &str) {
+fn python(script: &str) {
     let Some(python) = need::python("nbd") else {
         return;
     };
@@ -215,13 +205,8 @@ fn python(script: &str, export: &str) {
         .join("tests/python")
         .join(script);
     for transport in 0..2 {
-        let served = Served::new(async |server| {
-            let disk = Device::open(Memory::new(SIZE)).await.unwrap();
-            server
-                .export(export, disk.clone())
-                .export("read-only", disk.read_only())
-        });
-        let uris = [export, "read-only"].map(|name| served.uris(name)[transport].clone());
+        let served = Served::also_read_only(SIZE);
+        let uris = ["disk", "read-only"].map(|name| served.uris(name)[transport].clone());
         succeed(&python, &[script.to_str().unwrap(), &uris[0], &uris[1]]);
     }
 }

@@ -3,7 +3,6 @@
 
 use serde_json::Value;
 use userland_io::engines::Memory;
-use userland_io::{Device, WriteBuf, WriteFlags};
 
 #[path = "common/clients.rs"]
 mod clients;
@@ -83,14 +82,7 @@ fn qemu_img_map_finds_the_data() {
     let Some(qemu_img) = need::program("qemu-img") else {
         return;
     };
-    let served = Served::new(async |server| {
-        let disk = Device::open(Memory::new(16 << 20)).await.unwrap();
-        let data = vec![7; 1 << 20];
-        disk.write(&WriteBuf::new(&data), 4 << 20, WriteFlags::empty())
-            .await
-            .unwrap();
-        server.export("disk", disk)
-    });
+    let served = Served::sparse();
     for uri in served.uris("disk") {
         let map: Value =
             serde_json::from_str(&succeed(&qemu_img, &["map", "--output=json", &uri])).unwrap();
@@ -170,11 +162,8 @@ fn qemu_io_cannot_write_to_a_read_only_export() {
     let Some(qemu_io) = need::program("qemu-io") else {
         return;
     };
-    let served = Served::new(async |server| {
-        let disk = Device::open(Memory::new(SIZE)).await.unwrap();
-        server.export("disk", disk.read_only())
-    });
-    for uri in served.uris("disk") {
+    let served = Served::also_read_only(SIZE);
+    for uri in served.uris("read-only") {
         succeed(
             &qemu_io,
             &["-r", "-f", "raw", "-c", "read -P 0 0 64k", &uri],

@@ -88,6 +88,28 @@ impl Drop for Mount {
 /// A loop device, taken away again.
 struct Loop(PathBuf);
 
+/// A loop device over a file of 16 MiB.
+struct Backed {
+    device: Loop,
+    backing: PathBuf,
+    // After the device.
+    _place: TempDir,
+}
+
+impl Backed {
+    fn new(options: &[&str]) -> Result<Self, String> {
+        let place = tempfile::tempdir().map_err(|error| error.to_string())?;
+        let backing = place.path().join("backing");
+        let file = fs::File::create(&backing).map_err(|error| error.to_string())?;
+        file.set_len(16 << 20).map_err(|error| error.to_string())?;
+        Ok(Backed {
+            device: Loop::over(&backing, options)?,
+            backing,
+            _place: place,
+        })
+    }
+}
+
 impl Loop {
     fn over(path: &Path, options: &[&str]) -> Result<Self, String> {
         // One at a time: who tries for a device that another has just taken claims it for a moment.
@@ -173,13 +195,9 @@ async fn a_device_that_loses_data_latches() {
 async fn a_block_device_is_a_disk_with_the_blocks_it_has() {
     let _alone = ALONE.lock().await;
     for (block, direct) in [(512, false), (512, true), (4096, false), (4096, true)] {
-        let place = tempfile::tempdir().unwrap();
-        let backing = place.path().join("backing");
-        fs::File::create(&backing)
-            .unwrap()
-            .set_len(16 << 20)
-            .unwrap();
-        let device = need!(Loop::over(&backing, &["--sector-size", &block.to_string()]));
+        let Backed {
+            device, backing, ..
+        } = &need!(Backed::new(&["--sector-size", &block.to_string()]));
         let engine = File::open(&device.0).direct(direct).await.unwrap();
         let geometry = engine.geometry();
         geometry.validate().unwrap();
@@ -193,7 +211,7 @@ async fn a_block_device_is_a_disk_with_the_blocks_it_has() {
         engine.write(&buf, 8 << 20, WriteFlags::FUA).await.unwrap();
         engine.flush().await.unwrap();
         assert!(read(&engine, 1 << 20..4 << 20).await.unwrap() == bytes);
-        let below = fs::read(&backing).unwrap();
+        let below = fs::read(backing).unwrap();
         assert!(below[1 << 20..4 << 20] == bytes, "as the file below has it");
         assert!(below[8 << 20..][..8192] == bytes[..8192]);
         // Zeroes by the device, with and without its space.
@@ -242,13 +260,9 @@ async fn a_block_device_is_a_disk_with_the_blocks_it_has() {
 #[tokio::test]
 async fn a_block_device_in_use_is_refused_with_its_user() {
     let _alone = ALONE.lock().await;
-    let place = tempfile::tempdir().unwrap();
-    let backing = place.path().join("backing");
-    fs::File::create(&backing)
-        .unwrap()
-        .set_len(16 << 20)
-        .unwrap();
-    let device = need!(Loop::over(&backing, &[]));
+    let Backed {
+        device, backing: _, ..
+    } = &need!(Backed::new(&[]));
 
     let disk = File::open(&device.0).await.unwrap();
     let error = File::open(&device.0).await.unwrap_err().to_string();
@@ -283,13 +297,9 @@ async fn a_block_device_in_use_is_refused_with_its_user() {
 #[tokio::test]
 async fn direct_io_on_a_file_system_that_fills_up() {
     let _alone = ALONE.lock().await;
-    let place = tempfile::tempdir().unwrap();
-    let backing = place.path().join("backing");
-    fs::File::create(&backing)
-        .unwrap()
-        .set_len(16 << 20)
-        .unwrap();
-    let device = need!(Loop::over(&backing, &[]));
+    let Backed {
+        device, backing: _, ..
+    } = &need!(Backed::new(&[]));
     let args = ["-q", "-b", "1024"].map(OsStr::new);
     need!(run(
         "mkfs.ext4",

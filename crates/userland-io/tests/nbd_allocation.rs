@@ -1,37 +1,16 @@
 //! Once a connection runs, requests to a static engine allocate nothing.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::ReplyMode;
 use userland_io::transports::nbd::wire::{CommandFlags, Request, SimpleReply, cmd};
 use userland_io::{Device, Engine, Geometry, ReadBuf, Result, WriteBuf, WriteFlags};
 
+#[path = "common/counting.rs"]
+mod counting;
 #[path = "common/nbd_peer.rs"]
 mod nbd_peer;
 use nbd_peer::{Peer, session};
-
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: everything is handed on to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as the caller vouches for.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: as the caller vouches for.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
 
 /// A memory disk whose requests wait once if `waits`.
 struct Disk {
@@ -87,13 +66,13 @@ async fn reads_and_writes_of_4_kib_allocate_nothing() {
             for round in 0..110 {
                 // The first rounds fill the pool, the slots and the gathering memory.
                 if round == 10 {
-                    before = ALLOCATIONS.load(Ordering::Relaxed);
+                    before = counting::allocations();
                 }
                 peer.writer.write_all(&packet).await.unwrap();
                 peer.reader.read_exact(&mut replies).await.unwrap();
                 assert!(replies.chunks(each).all(|reply| reply[4..8] == [0; 4]));
             }
-            let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            let allocated = counting::allocations() - before;
             assert_eq!(allocated, 0, "command {command}, waits: {waits}");
         }
         peer.leave().await;

@@ -1,32 +1,13 @@
 //! A request through a device and its slots allocates nothing in a static stack,
 //! and one small box at an erased boundary. The whole binary counts, so it is one test.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use userland_io::engines::Memory;
 use userland_io::{Device, Engine, EngineExt, ReadBuf, Slots, WriteBuf, WriteFlags};
 
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's word is passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's word is passed on.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
+#[path = "common/counting.rs"]
+mod counting;
 
 /// How many allocations 1,000 rounds of a write and a read in each of 8 slots take.
 async fn allocations<E: Engine>(engine: E) -> u64 {
@@ -36,7 +17,7 @@ async fn allocations<E: Engine>(engine: E) -> u64 {
     for round in 0..1001_u64 {
         // The first round makes the slots and the engine's memory.
         if round == 1 {
-            before = ALLOCATIONS.load(Ordering::Relaxed);
+            before = counting::allocations();
         }
         for n in 0..8 {
             let device = &device;
@@ -55,7 +36,7 @@ async fn allocations<E: Engine>(engine: E) -> u64 {
             result.unwrap();
         }
     }
-    ALLOCATIONS.load(Ordering::Relaxed) - before
+    counting::allocations() - before
 }
 
 #[test]

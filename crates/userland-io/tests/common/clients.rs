@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
+use userland_io::engines::Memory;
 use userland_io::transports::nbd::{Server, ServerHandle, Uri};
-use userland_io::{Device, Engine};
+use userland_io::{Device, Engine, WriteBuf, WriteFlags};
 
 /// How long any one client may take: far more than it needs on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -46,6 +47,28 @@ impl Served {
     /// Serves `engine` as the only export, `disk`.
     pub(crate) fn disk(engine: impl Engine) -> Self {
         Served::new(async |server| server.export("disk", Device::open(engine).await.unwrap()))
+    }
+
+    /// Serves `disk`, 16 MiB of which the fifth holds data.
+    pub(crate) fn sparse() -> Self {
+        Served::new(async |server| {
+            let disk = Device::open(Memory::new(16 << 20)).await.unwrap();
+            let data = vec![7; 1 << 20];
+            disk.write(&WriteBuf::new(&data), 4 << 20, WriteFlags::empty())
+                .await
+                .unwrap();
+            server.export("disk", disk)
+        })
+    }
+
+    /// Serves a memory disk of `size` bytes as `disk`, and the same without writes as `read-only`.
+    pub(crate) fn also_read_only(size: u64) -> Self {
+        Served::new(async |server| {
+            let disk = Device::open(Memory::new(size)).await.unwrap();
+            server
+                .export("read-only", disk.read_only())
+                .export("disk", disk)
+        })
     }
 
     /// The URIs of the export `name`: over Unix, then over TCP.

@@ -2,6 +2,8 @@
 //! what a test says, lies included.
 #![allow(dead_code, unreachable_pub, missing_docs)]
 
+pub mod requests;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
