@@ -66,6 +66,7 @@
 //! * `nbd` (default): the NBD server and client, [`transports::nbd`].
 //! * `attach` (Linux): block devices under `/dev`, the module `attach`. It takes `ublk`, `kernel-nbd` and `fuse` with it, the
 //!   ways to make them.
+//! * `ublk` (Linux): kernel block devices by the ublk driver, `transports::ublk`.
 
 #[cfg(all(feature = "attach", target_os = "linux"))]
 pub mod attach;
@@ -87,6 +88,7 @@ mod threads;
 pub mod copy;
 pub mod engines;
 pub mod layers;
+pub mod queue;
 pub mod stack;
 pub mod transports;
 

@@ -5,3 +5,7 @@
 
 #[cfg(feature = "nbd")]
 pub mod nbd;
+#[cfg(all(feature = "ublk", target_os = "linux"))]
+mod queue;
+#[cfg(all(feature = "ublk", target_os = "linux"))]
+pub mod ublk;

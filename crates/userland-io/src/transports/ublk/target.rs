@@ -1,0 +1,296 @@
+//! What a caller asks for: a new block device, one to be resumed, or word of those there are.
+
+use std::path::{Path, PathBuf};
+
+use tokio::sync::oneshot;
+
+use super::abi::{Control, DeviceInfo, Flags};
+use super::control::ControlDevice;
+use super::error::Error;
+use super::life::{BlockDevice, Order, Start};
+use crate::{Device, Engine, Features};
+
+/// A disk that is to be a block device: how it is to be served.
+///
+/// ```no_run
+/// # async fn example(disk: userland_io::Device) -> userland_io::Result<()> {
+/// use userland_io::transports::ublk::Target;
+///
+/// let block = Target::new(disk).queues(2).depth(64).add().await?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Target<E: Engine> {
+    device: Device<E>,
+    queues: u16,
+    depth: u16,
+    max_transfer: u32,
+    index: Option<u32>,
+    recoverable: bool,
+    runtime: Option<tokio::runtime::Handle>,
+}
+
+/// As many queues as this by default, on a machine that has the CPUs.
+const QUEUES: usize = 4;
+/// What the driver takes at most (`UBLK_MAX_QUEUE_DEPTH`).
+const MAX_DEPTH: u16 = 4096;
+/// The longest request that the driver takes, in bytes (`UBLK_IO_BUF_BITS`).
+const MAX_TRANSFER: u32 = 32 << 20;
+
+impl<E: Engine> Target<E> {
+    /// `device` with the defaults: a queue for each CPU up to four, 128 requests at once in each, of up to 512 KiB.
+    pub fn new(device: Device<E>) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Target {
+            device,
+            queues: cpus.min(QUEUES) as u16,
+            depth: 128,
+            max_transfer: 512 << 10,
+            index: None,
+            recoverable: false,
+            runtime: None,
+        }
+    }
+
+    /// How many hardware queues, each with a thread of its own. At least one; no more than the machine has CPUs.
+    pub fn queues(mut self, queues: u16) -> Self {
+        self.queues = queues.max(1);
+        self
+    }
+
+    /// How many requests each queue has under way at most: 1 to 4096.
+    pub fn depth(mut self, depth: u16) -> Self {
+        self.depth = depth.clamp(1, MAX_DEPTH);
+        self
+    }
+
+    /// How long a read or write is at most, in bytes: whole pages up to 32 MiB. Each tag has a buffer of this length,
+    /// of which the part that was ever used is kept in memory.
+    pub fn max_transfer(mut self, bytes: u32) -> Self {
+        self.max_transfer = bytes.min(MAX_TRANSFER);
+        self
+    }
+
+    /// The device is to be `/dev/ublkbN` with this N. If left out: the first that is free.
+    pub fn index(mut self, index: u32) -> Self {
+        self.index = Some(index);
+        self
+    }
+
+    /// If this process dies, the device waits for another to [`resume`](Self::resume) it, and requests with it. It takes a
+    /// disk that claims [`SURVIVES_KILL`](Features::SURVIVES_KILL). If left out: the device dies with the process.
+    pub fn recoverable(mut self, recoverable: bool) -> Self {
+        self.recoverable = recoverable;
+        self
+    }
+
+    /// The runtime that the engine's timers and sockets register with. It must have threads that drive it while
+    /// the device is used: not a `current_thread` one whose thread may wait for the device.
+    /// If left out: one of the transport's own, with two threads.
+    pub fn runtime(mut self, runtime: tokio::runtime::Handle) -> Self {
+        self.runtime = Some(runtime);
+        self
+    }
+
+    /// Makes the block device. It is there, and answers, when this resolves.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where there is no ublk; [`Error::Unsuitable`] for a disk without a whole block, or one that is
+    /// to be recoverable and cannot be; else what the driver said.
+    pub async fn add(self) -> Result<BlockDevice, Error> {
+        if self.recoverable {
+            self.survives_kill()?;
+        }
+        let info = DeviceInfo {
+            queues: self.queues,
+            depth: self.depth,
+            state: DeviceInfo::DEAD,
+            max_transfer: self.max_transfer,
+            index: self.index.unwrap_or(u32::MAX),
+            pid: 0,
+            flags: match self.recoverable {
+                true => Flags::USER_RECOVERY | Flags::USER_RECOVERY_REISSUE,
+                false => Flags::empty(),
+            },
+        };
+        self.start(Start::Add(info)).await
+    }
+
+    /// Carries on with a block device whose process has died: `path` is its `/dev/ublkbN`, made
+    /// [`recoverable`](Self::recoverable) from the same disk. Requests that were under way are done again. Queues and depth stay as
+    /// they are. If the process is just dying, this waits for that for some seconds.
+    ///
+    /// # Errors
+    /// [`Error::Served`] while the process lives; [`Error::Unsuitable`] if the device or the disk is not made for it;
+    /// [`Error::Mismatch`] for another disk. The device waits on, then.
+    pub async fn resume(self, path: impl AsRef<Path>) -> Result<BlockDevice, Error> {
+        self.survives_kill()?;
+        let index = index_of(path.as_ref())?;
+        self.start(Start::Resume(index)).await
+    }
+
+    async fn start(self, start: Start) -> Result<BlockDevice, Error> {
+        let order = Order {
+            device: self.device,
+            start,
+            runtime: self.runtime,
+        };
+        BlockDevice::start(order).await
+    }
+
+    fn survives_kill(&self) -> Result<(), Error> {
+        let features = self.device.geometry().features;
+        match features.contains(Features::SURVIVES_KILL) {
+            true => Ok(()),
+            false => Err(Error::Unsuitable(
+                "this disk does not claim that completed writes survive the end of its process (SURVIVES_KILL): \
+                 another process could not carry on where this one ends"
+                    .to_owned(),
+            )),
+        }
+    }
+}
+
+/// A device of the ublk driver, whoever made it.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// N of `/dev/ublkbN`.
+    pub index: u32,
+    /// What it is doing.
+    pub state: State,
+    /// The process that serves it, or did last.
+    pub pid: i32,
+    /// Its hardware queues.
+    pub queues: u16,
+    /// Requests of each queue.
+    pub depth: u16,
+    /// True if it waits for another process when its own dies.
+    pub recoverable: bool,
+}
+
+/// What a device of the ublk driver is doing.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nothing: it was not started, or was stopped. There is no `/dev/ublkbN`.
+    Dead,
+    /// Being served.
+    Live,
+    /// Its process has died, and it waits to be resumed.
+    Waiting,
+    /// Its process has died, and requests fail until it is resumed.
+    Failing,
+}
+
+impl From<DeviceInfo> for Info {
+    fn from(info: DeviceInfo) -> Self {
+        Info {
+            index: info.index,
+            state: match info.state {
+                DeviceInfo::LIVE => State::Live,
+                DeviceInfo::QUIESCED => State::Waiting,
+                DeviceInfo::DEAD => State::Dead,
+                _ => State::Failing,
+            },
+            pid: info.pid,
+            queues: info.queues,
+            depth: info.depth,
+            recoverable: info.flags.contains(Flags::USER_RECOVERY),
+        }
+    }
+}
+
+impl Info {
+    /// Its block device.
+    pub fn path(&self) -> PathBuf {
+        block_path(self.index)
+    }
+}
+
+/// All devices of the ublk driver, by index.
+///
+/// # Errors
+/// [`Error::Unavailable`] where there is no ublk.
+pub async fn devices() -> Result<Vec<Info>, Error> {
+    blocking(|| {
+        let mut control = ControlDevice::open()?;
+        let mut indices: Vec<u32> = std::fs::read_dir("/sys/class/ublk-char")
+            .map_err(Error::io("/sys/class/ublk-char"))?
+            .filter_map(|entry| {
+                let name = entry.ok()?.file_name();
+                name.to_str()?.strip_prefix("ublkc")?.parse().ok()
+            })
+            .collect();
+        indices.sort_unstable();
+        // One that is gone by now is not there.
+        let infos = indices.iter().filter_map(|&index| control.info(index).ok());
+        Ok(infos.map(Info::from).collect())
+    })
+    .await
+}
+
+/// Takes a device away, whoever made it: for what a process left behind that is gone. Requests to it fail.
+///
+/// # Errors
+/// [`Error::Served`] if its process lives.
+pub async fn remove(index: u32) -> Result<(), Error> {
+    blocking(move || {
+        let mut control = ControlDevice::open()?;
+        let info = control
+            .info(index)
+            .map_err(|_| Error::NotFound(block_path(index).display().to_string()))?;
+        if info.state == DeviceInfo::LIVE && is_alive(info.pid) {
+            let pid = info.pid;
+            return Err(Error::Served { index, pid });
+        }
+        for command in [Control::StopDev, Control::DelDev] {
+            control
+                .tell(command, index, 0)
+                .map_err(Error::command(command))?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// True if process `pid` is there, and not merely its remains.
+pub(super) fn is_alive(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    // The state follows the name, which is in brackets and may have any character in it.
+    let state = stat
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.trim().chars().next());
+    !matches!(state, None | Some('Z' | 'X'))
+}
+
+/// The block device of an index.
+pub(super) fn block_path(index: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{index}"))
+}
+
+/// The index of a block device.
+fn index_of(path: &Path) -> Result<u32, Error> {
+    let not_one = || Error::NotFound(path.display().to_string());
+    // A link may have led here.
+    let path = path.canonicalize().map_err(|_| not_one())?;
+    path.to_str()
+        .and_then(|path| path.strip_prefix("/dev/ublkb")?.parse().ok())
+        .ok_or_else(not_one)
+}
+
+/// Runs what blocks on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let (tell, told) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("ublk-control".to_owned())
+        .spawn(move || tell.send(work()))
+        .map_err(Error::io("a thread"))?;
+    told.await
+        .unwrap_or_else(|_| Err(Error::Unavailable("the thread has panicked".to_owned())))
+}
