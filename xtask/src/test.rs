@@ -71,9 +71,10 @@ fn tests(report: &mut Report, long: bool) {
     report.step("unit tests without features", &mut bare);
     let mut loom = cargo("test");
     loom.args(["-p", "userland-io", "--lib", "--no-default-features"]);
-    loom.args(["--target-dir", "target/loom", "slots"]);
+    loom.args(["--features", "ublk", "--target-dir", "target/loom"]);
+    loom.arg("interleavings");
     loom.env("RUSTFLAGS", "--cfg userland_io_loom");
-    report.step("slots under every interleaving", &mut loom);
+    report.step("wakes under every interleaving", &mut loom);
     let mut all = cargo("test");
     all.args(["--workspace", "--all-features", "--no-fail-fast"]);
     if long {
