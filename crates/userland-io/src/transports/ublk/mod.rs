@@ -12,13 +12,13 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Each hardware queue has a thread with a ring of its own ([`queue`](super::queue)), and each of its tags a
-//! task, made once ([`serve`]). A device's life is run by a thread as well ([`life`]), since commands
-//! to the driver block ([`control`]); the threads are inside a tokio runtime of the transport's own, so an engine can
+//! Each hardware queue has a thread with a ring of its own (`queue`), and each of its tags a
+//! task, made once (`serve`). A device's life is run by a thread as well (`life`), since commands
+//! to the driver block (`control`); the threads are inside a tokio runtime of the transport's own, so an engine can
 //! use timers and sockets, and a caller may block on its own block device whatever runtime it is in.
 //!
-//! What the kernel is told of the disk is derived from the engine's claims alone ([`params`]). Bytes are copied once,
-//! by the kernel, between a request's pages and the tag's buffer ([`memory`]).
+//! What the kernel is told of the disk is derived from the engine's claims alone (`params`). Bytes are copied once,
+//! by the kernel, between a request's pages and the tag's buffer (`memory`).
 
 mod abi;
 mod control;
