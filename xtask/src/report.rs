@@ -3,7 +3,8 @@
 //! Two kinds of line are read out of a step's output: libtest's
 //! `test result: ok. 3 passed; 0 failed; ...`, and `SKIP name: reason`, which a
 //! test prints (past libtest's capture) when a program that it needs is missing.
-//! A reason that begins with `this machine cannot: ` is forgiven where skips are forbidden.
+//! A reason that begins with `this machine cannot: ` is forgiven where skips are forbidden; one that begins with
+//! `in a guest: ` is no skip: the test is counted where it runs, in a guest's step.
 //! A step without any `test result:` line counts as one test of its own.
 
 use std::collections::BTreeSet;
@@ -190,6 +191,8 @@ impl Count {
 struct Output {
     results: Option<Count>,
     skips: BTreeSet<String>,
+    /// What runs in a guest.
+    elsewhere: BTreeSet<String>,
 }
 
 impl Output {
@@ -197,11 +200,15 @@ impl Output {
         if let Some(count) = parse_result(line) {
             self.results = Some(self.results.unwrap_or_default().plus(count));
         } else if let Some(skip) = parse_skip(line) {
-            self.skips.insert(skip.to_owned());
+            match skip.contains(": in a guest: ") {
+                true => self.elsewhere.insert(skip.to_owned()),
+                false => self.skips.insert(skip.to_owned()),
+            };
         }
     }
 
-    /// The step's count, once its command has ended. A test that skipped itself is one that libtest calls passed.
+    /// The step's count, once its command has ended. A test that skipped itself is one that libtest calls passed, and
+    /// so is one that leaves its work to a guest.
     fn count(&self, ok: bool) -> Count {
         let Some(mut count) = self.results else {
             return match ok {
@@ -216,7 +223,8 @@ impl Output {
             };
         };
         count.skipped = names(&self.skips).len() as u64;
-        count.passed = count.passed.saturating_sub(count.skipped);
+        let elsewhere = names(&self.elsewhere).len() as u64;
+        count.passed = count.passed.saturating_sub(count.skipped + elsewhere);
         // Something went wrong that no test reported: it did not compile, or a test process died.
         if !ok && count.failed == 0 {
             count.failed = 1;
@@ -365,6 +373,16 @@ mod tests {
         let expected = Count {
             passed: 1,
             skipped: 1,
+            ..Count::default()
+        };
+        assert_eq!(count_of(text, true), expected);
+    }
+
+    #[test]
+    fn a_test_that_runs_in_a_guest_counts_there_alone() {
+        let text = "SKIP mounts: in a guest: needs ublk\ntest result: ok. 2 passed; 0 failed";
+        let expected = Count {
+            passed: 1,
             ..Count::default()
         };
         assert_eq!(count_of(text, true), expected);

@@ -58,6 +58,15 @@ pub(crate) fn impossible(reason: &str) {
     skip(&format!("this machine cannot: {reason}"));
 }
 
+/// Tells that the calling test wants a kernel that has `what`, and runs in a guest that does. Return after it.
+/// In a guest it is a skip like any other.
+pub(crate) fn guest(what: &str) {
+    match std::env::var_os("ULIO_GUEST") {
+        Some(_) => skip(&format!("needs {what}")),
+        None => skip(&format!("in a guest: needs {what}")),
+    }
+}
+
 /// Tells that the calling test does not run, and why. Return after it.
 pub(crate) fn skip(reason: &str) {
     let thread = std::thread::current();
