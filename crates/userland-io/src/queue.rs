@@ -29,7 +29,10 @@ pub fn current() -> Option<Queue> {
 }
 
 /// Makes `queue` this thread's, for the rest of its life.
-#[cfg(any(test, all(feature = "ublk", target_os = "linux")))]
+#[cfg(any(
+    test,
+    all(any(feature = "ublk", feature = "kernel-nbd"), target_os = "linux")
+))]
 pub(crate) fn enter(queue: Queue) {
     CURRENT.set(Some(queue));
 }

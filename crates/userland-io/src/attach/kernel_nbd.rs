@@ -1,23 +1,128 @@
 //! The way by the kernel's NBD client.
 
 use std::io;
+use std::path::Path;
 
+use tokio::runtime::Handle;
+
+use super::module;
 use super::record::Record;
-use super::way::{Running, Settings};
+use super::way::{Pending, Running, Settings, Stuck};
+use crate::transports::kernel_nbd::{self, BlockDevice, Error, Identity, Target};
 use crate::{Device, Engine};
 
-pub(super) fn probe(_: &Settings) -> Result<(), String> {
-    Err("this version of userland-io does not have it yet".to_owned())
+/// The driver's module.
+const MODULE: &str = "nbd";
+/// The record's fields.
+const INDEX: &str = "index";
+const IDENTIFIER: &str = "identifier";
+const THREAD: &str = "thread";
+
+pub(super) fn probe(settings: &Settings) -> Result<(), String> {
+    if settings.recoverable || settings.resume.is_some() {
+        return Err("its devices end with the process: only ublk's can be resumed".to_owned());
+    }
+    if kernel_nbd::available().is_ok() {
+        return Ok(());
+    }
+    module::load(MODULE)?;
+    kernel_nbd::available().map_err(words)
 }
 
 pub(super) async fn start<E: Engine>(
-    _: Device<E>,
-    _: &Settings,
-    _: &Record,
+    device: Device<E>,
+    settings: &Settings,
+    record: &Record,
 ) -> io::Result<Box<dyn Running>> {
-    Err(io::ErrorKind::Unsupported.into())
+    let mut target = Target::new(device)
+        .identifier(format!("userland-io {} {}", record.id, record.started))
+        .runtime(Handle::current());
+    if let Some(queues) = settings.queues {
+        target = target.connections(queues);
+    }
+    if let Some(depth) = settings.depth {
+        target = target.depth(depth);
+    }
+    let block = target.connect().await.map_err(system)?;
+    Ok(Box::new(Connected(block)))
 }
 
-pub(super) fn remove_stale(_: &Record) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
+pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
+    let number = |key| record.remains(key).and_then(|value| value.parse().ok());
+    // Without them it died before there was a device.
+    let (Some(index), Some(thread)) = (number(INDEX), number(THREAD)) else {
+        return Ok(());
+    };
+    let identifier = record.remains(IDENTIFIER).unwrap_or_default().to_owned();
+    let device = Identity {
+        index,
+        identifier,
+        thread,
+    };
+    kernel_nbd::remove(&device).map_err(system)
+}
+
+struct Connected(BlockDevice);
+
+impl Running for Connected {
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn remains(&self) -> Vec<(&'static str, String)> {
+        let identity = self.0.identity();
+        vec![
+            (INDEX, identity.index.to_string()),
+            (IDENTIFIER, identity.identifier.clone()),
+            (THREAD, identity.thread.to_string()),
+        ]
+    }
+
+    fn resize(&mut self, size: u64) -> Pending<'_, io::Result<()>> {
+        Box::pin(async move { self.0.resize(size).await.map_err(system) })
+    }
+
+    fn ended(&mut self) -> Pending<'_, String> {
+        Box::pin(async {
+            match self.0.ended().await {
+                Some(why) => why,
+                None => std::future::pending().await,
+            }
+        })
+    }
+
+    fn detach(self: Box<Self>) -> Pending<'static, Result<(), Stuck>> {
+        Box::pin(async move {
+            match self.0.shutdown_if_unused().await {
+                Err(error @ Error::InUse(_)) => Err(Stuck {
+                    error: system(error),
+                    running: Some(self),
+                }),
+                result => result.map_err(|error| system(error).into()),
+            }
+        })
+    }
+}
+
+/// As an error of the system's, whose kind says if the device is in use.
+fn system(error: Error) -> io::Error {
+    let kind = match &error {
+        Error::InUse(_) => io::ErrorKind::ResourceBusy,
+        Error::CannotResize(_) => io::ErrorKind::Unsupported,
+        Error::Command { source, .. } | Error::Io { source, .. } => source.kind(),
+        _ => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, words(error))
+}
+
+/// What to tell whoever knows already that this is about the kernel's NBD client.
+fn words(error: Error) -> String {
+    match error {
+        Error::Unavailable(why) => why,
+        other => other.to_string(),
+    }
 }

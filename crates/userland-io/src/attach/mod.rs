@@ -22,6 +22,7 @@ mod holders;
 mod kernel_nbd;
 mod list;
 mod manager;
+mod module;
 mod process;
 mod record;
 mod ublk;

@@ -10,7 +10,7 @@
 //! leaves. `wire` is the protocol in bytes, for both ends; `client` is the other.
 
 mod client;
-mod export;
+pub(crate) mod export;
 #[doc(hidden)]
 pub mod fuzz;
 #[doc(hidden)]

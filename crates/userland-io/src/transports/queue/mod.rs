@@ -3,13 +3,12 @@
 //! A transport makes as many futures as a queue has tags, once; each serves its requests one after another,
 //! from the ring and to it ([`Ring::operate`]). The thread polls a task when its operation in the ring has ended or when
 //! it was woken, and sleeps in the ring when there is nothing else to do. A wake from another thread gets it out of there
-//! without delay, by an eventfd that the ring polls ([`wake`]).
+//! without delay, by an eventfd that the ring polls ([`wake`](super::wake)).
 //!
 //! The thread is inside a tokio runtime ([`Executor::run`]), so engines can use timers and sockets as
 //! they do elsewhere; the runtime's own threads drive those. It is [`crate::queue::current`]'s queue.
 
 mod ring;
-mod wake;
 
 use std::future::Future;
 use std::io;
@@ -18,13 +17,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::AsFd;
 
+use super::wake::{self, Calls, Eventfd};
 use crate::queue::Queue;
 use ring::Event;
 pub(crate) use ring::Ring;
-use wake::{Bell, Calls};
 
 /// The executor of one queue. Made, used and dropped by the queue's thread.
 pub(crate) struct Executor {
@@ -44,22 +42,13 @@ impl Stop {
     }
 }
 
-struct Eventfd(OwnedFd);
-
-impl Bell for Eventfd {
-    fn ring(&self) {
-        // It cannot fail: the counter, which nobody resets, would have to reach 2^64.
-        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
-    }
-}
-
 impl Executor {
     /// An executor of up to `tasks` tasks.
     ///
     /// # Errors
     /// If the kernel has no io_uring or denies it, or has no descriptor left.
     pub(crate) fn new(tasks: usize) -> io::Result<Self> {
-        let bell = Eventfd(eventfd(0, EventfdFlags::CLOEXEC)?);
+        let bell = Eventfd::new()?;
         Ok(Executor {
             ring: Rc::new(Ring::new(tasks)?),
             calls: Arc::new(Calls::new(tasks, bell)),
@@ -106,7 +95,7 @@ impl Executor {
         let mut started = Some(started);
         let mut events = Vec::with_capacity(self.tasks + 1);
         let mut taken = vec![0; self.tasks.div_ceil(64)];
-        self.ring.arm(self.calls.bell().0.as_fd());
+        self.ring.arm(self.calls.bell().as_fd());
         (0..tasks.futures.len()).for_each(|n| tasks.poll(n));
         while tasks.running > 0 && !self.calls.has_quit() {
             let wait = started.is_none() && self.calls.fall_asleep();
@@ -116,7 +105,7 @@ impl Executor {
                 match event {
                     Event::Ended(task) => tasks.poll(task),
                     Event::Rung { armed: true } => {}
-                    Event::Rung { armed: false } => self.ring.arm(self.calls.bell().0.as_fd()),
+                    Event::Rung { armed: false } => self.ring.arm(self.calls.bell().as_fd()),
                 }
             }
             if called {

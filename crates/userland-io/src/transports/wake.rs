@@ -1,18 +1,26 @@
-//! How other threads wake the tasks of a queue: a bit for each task, and a bell that is rung only if
-//! the queue's thread sleeps.
+//! How other threads wake the tasks of a transport's thread: a bit for each task, and a bell that is rung only if
+//! the thread sleeps.
 //!
 //! Who may touch what: any thread may set a bit of `woken` and then swap [`WOKEN`] into `state`; only
 //! the queue's thread takes bits, and puts [`RUNNING`] or [`SLEEPING`] into `state`. It goes to sleep by
 //! a compare-and-swap from `RUNNING`, which fails if anyone has called since it last looked. All of that
 //! happens on one word, so there is no moment at which a call is neither seen nor rung for.
 
+use std::io;
 use std::sync::Arc;
 use std::task::{Wake, Waker};
 
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+
+#[cfg(all(feature = "ublk", userland_io_loom))]
+use loom::sync::atomic::AtomicBool;
 #[cfg(userland_io_loom)]
-use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+#[cfg(all(feature = "ublk", not(userland_io_loom)))]
+use std::sync::atomic::AtomicBool;
 #[cfg(not(userland_io_loom))]
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// The thread is awake, and nobody has called since it last looked.
 const RUNNING: u8 = 0;
@@ -22,29 +30,53 @@ const WOKEN: u8 = 1;
 const SLEEPING: u8 = 2;
 
 /// What gets the thread out of its sleep. A ring before it has fallen asleep must count too.
-pub(super) trait Bell: Send + Sync + 'static {
+pub(crate) trait Bell: Send + Sync + 'static {
     fn ring(&self);
 }
 
+/// A bell for a thread that sleeps on a descriptor.
+pub(crate) struct Eventfd(OwnedFd);
+
+impl Eventfd {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Eventfd(eventfd(0, EventfdFlags::CLOEXEC)?))
+    }
+}
+
+impl AsFd for Eventfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Bell for Eventfd {
+    fn ring(&self) {
+        // It cannot fail: the counter, which nobody resets, would have to reach 2^64.
+        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+}
+
 /// What the thread of a queue shares with those who wake its tasks.
-pub(super) struct Calls<B> {
+pub(crate) struct Calls<B> {
     woken: Box<[AtomicU64]>,
     state: AtomicU8,
+    #[cfg(feature = "ublk")]
     quit: AtomicBool,
     bell: B,
 }
 
 impl<B: Bell> Calls<B> {
-    pub(super) fn new(tasks: usize, bell: B) -> Self {
+    pub(crate) fn new(tasks: usize, bell: B) -> Self {
         Calls {
             woken: (0..tasks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             state: AtomicU8::new(RUNNING),
+            #[cfg(feature = "ublk")]
             quit: AtomicBool::new(false),
             bell,
         }
     }
 
-    pub(super) fn bell(&self) -> &B {
+    pub(crate) fn bell(&self) -> &B {
         &self.bell
     }
 
@@ -59,7 +91,8 @@ impl<B: Bell> Calls<B> {
     }
 
     /// Asks the thread to stop at once. For any thread.
-    pub(super) fn quit(&self) {
+    #[cfg(feature = "ublk")]
+    pub(crate) fn quit(&self) {
         self.quit.store(true, Ordering::Release);
         self.tell();
     }
@@ -71,19 +104,20 @@ impl<B: Bell> Calls<B> {
     }
 
     /// True once the thread was asked to stop.
-    pub(super) fn has_quit(&self) -> bool {
+    #[cfg(feature = "ublk")]
+    pub(crate) fn has_quit(&self) -> bool {
         self.quit.load(Ordering::Acquire)
     }
 
     /// True if the thread may sleep now: nobody has called since [`answer`](Self::answer). From now on, calls ring.
-    pub(super) fn fall_asleep(&self) -> bool {
+    pub(crate) fn fall_asleep(&self) -> bool {
         self.state
             .compare_exchange(RUNNING, SLEEPING, Ordering::AcqRel, Ordering::Acquire)
             .is_ok()
     }
 
     /// Ends the sleep, if there was one, and moves the bits of the tasks to be polled to `taken`. True if there may be any.
-    pub(super) fn answer(&self, taken: &mut [u64]) -> bool {
+    pub(crate) fn answer(&self, taken: &mut [u64]) -> bool {
         // Two looks, because the first costs nothing: it is a word that this thread wrote last.
         if self.state.load(Ordering::Relaxed) == RUNNING
             || self.state.swap(RUNNING, Ordering::AcqRel) != WOKEN
@@ -114,7 +148,7 @@ impl<B: Bell> Wake for TaskWaker<B> {
 }
 
 /// The waker of task `index`.
-pub(super) fn waker<B: Bell>(calls: &Arc<Calls<B>>, index: usize) -> Waker {
+pub(crate) fn waker<B: Bell>(calls: &Arc<Calls<B>>, index: usize) -> Waker {
     Waker::from(Arc::new(TaskWaker {
         calls: calls.clone(),
         index,

@@ -1,0 +1,145 @@
+//! What a caller asks for: a new block device, or the end of one whose process has died.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use super::control::{Control, Identity};
+use super::error::Error;
+use super::life::{self, BlockDevice, Order};
+use crate::transports::nbd::export::{block_sizes, transmission_flags};
+use crate::transports::nbd::limits::{Budget, Chairs, Environment, Limits, Shutdown};
+use crate::transports::nbd::session::{ReplyMode, Session};
+use crate::{Device, Engine, Geometry};
+
+/// As many connections as this by default, on a machine that has the CPUs.
+const CONNECTIONS: usize = 4;
+/// The driver's own depth, for each connection.
+const DEPTH: u16 = 128;
+/// See [`Target::timeout`].
+const TIMEOUT: Duration = Duration::from_secs(45);
+
+/// A disk that is to be a block device: how it is to be served.
+#[derive(Debug)]
+pub struct Target<E: Engine> {
+    device: Device<E>,
+    connections: u16,
+    depth: u16,
+    timeout: Duration,
+    identifier: String,
+    runtime: Option<Handle>,
+}
+
+impl<E: Engine> Target<E> {
+    /// `device` with the defaults: a connection for each CPU up to four, 128 requests at once in each.
+    pub fn new(device: Device<E>) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Target {
+            device,
+            connections: cpus.min(CONNECTIONS) as u16,
+            depth: DEPTH,
+            timeout: TIMEOUT,
+            identifier: format!("userland-io {}", std::process::id()),
+            runtime: None,
+        }
+    }
+
+    /// How many connections, each with a thread of its own: 1 to 64.
+    pub fn connections(mut self, connections: u16) -> Self {
+        self.connections = connections.clamp(1, 64);
+        self
+    }
+
+    /// How many requests run at once in each connection, at least one. The driver sends up to 128; more
+    /// than this many wait.
+    pub fn depth(mut self, depth: u16) -> Self {
+        self.depth = depth.max(1);
+        self
+    }
+
+    /// How long the kernel waits for the answer to a request before it takes the connection for lost, and then for
+    /// a new connection before requests fail; in whole seconds, at least one. If left out: 45 s.
+    ///
+    /// So if this process dies, every request has failed after twice this time. If it lives and the disk is that slow, the
+    /// connections are made anew as soon as the disk has answered what it was asked, and requests are done again: that
+    /// may take this time once more.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Duration::from_secs(timeout.as_secs().max(1));
+        self
+    }
+
+    /// What the driver shows in `/sys/block/nbdN/backend` (since Linux 5.14), for the device to be known by. If
+    /// left out: this library's name, and the process's number.
+    pub fn identifier(mut self, identifier: impl Into<String>) -> Self {
+        let identifier: String = identifier.into();
+        self.identifier = identifier.replace(char::is_control, " ");
+        self
+    }
+
+    /// The runtime that the engine's timers and sockets register with. If left out: the caller's of
+    /// [`connect`](Self::connect).
+    pub fn runtime(mut self, runtime: Handle) -> Self {
+        self.runtime = Some(runtime);
+        self
+    }
+
+    /// Makes the block device. It is there, with its partitions, when this resolves.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where the kernel has no NBD client; [`Error::Unsuitable`] for a disk without a whole
+    /// block; else what the driver said.
+    pub async fn connect(self) -> Result<BlockDevice, Error> {
+        let geometry = self.device.geometry();
+        let limits = Limits {
+            max_in_flight: self.depth.into(),
+            ..Limits::default()
+        };
+        let session = Session {
+            export: self.identifier.clone(),
+            // The disk's own, which may change; its edge refuses what is beyond.
+            size: Geometry::MAX_SIZE,
+            flags: transmission_flags(&geometry, ReplyMode::Simple, false),
+            replies: ReplyMode::Simple,
+            contexts: Vec::new(),
+            blocks: block_sizes(&geometry, limits.max_request, false),
+        };
+        let (stop, shutdown) = Shutdown::channel();
+        let order = Order {
+            device: self.device,
+            session,
+            environment: Environment {
+                budget: Budget::new(limits.max_server_bytes),
+                chairs: Chairs::default(),
+                limits: Arc::new(limits),
+                shutdown,
+            },
+            stop,
+            connections: self.connections.into(),
+            timeout: self.timeout,
+            identifier: self.identifier,
+            runtime: self.runtime.unwrap_or_else(Handle::current),
+        };
+        life::start(order).await
+    }
+}
+
+/// Tells if this kernel has an NBD client. It loads the driver's module if it finds it.
+///
+/// # Errors
+/// [`Error::Unavailable`].
+pub fn available() -> Result<(), Error> {
+    Control::open().map(drop)
+}
+
+/// Takes away the device that a process which has died left connected. What is open on it gets errors. One that is
+/// gone is no error, nor is another in its place, which stays. Blocks for a moment.
+///
+/// # Errors
+/// As the driver says.
+pub fn remove(device: &Identity) -> Result<(), Error> {
+    match device.is_connected() {
+        true => life::take_down(&mut Control::open()?, device),
+        false => Ok(()),
+    }
+}
