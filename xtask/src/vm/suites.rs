@@ -23,13 +23,20 @@ struct Suite {
 }
 
 /// The table. A line more is all that another suite takes.
-const SUITES: &[Suite] = &[Suite {
-    package: "userland-io",
-    test: "kernel_nbd",
-    only: "",
-    kernel: Engine::Uml,
-    env: &[],
-}];
+const SUITES: &[Suite] = &[uml("kernel_nbd", &[]), uml("attach_lifecycle", UBLK)];
+
+const UBLK: &[(&str, &str)] = &[("ULIO_VIA", "ublk")];
+
+/// All tests of a program of the library's, in User-Mode Linux.
+const fn uml(test: &'static str, env: &'static [(&'static str, &'static str)]) -> Suite {
+    Suite {
+        package: "userland-io",
+        test,
+        only: "",
+        kernel: Engine::Uml,
+        env,
+    }
+}
 
 /// The longest time that one guest may take, in seconds.
 const TIMEOUT: u32 = 900;

@@ -185,7 +185,8 @@ async fn attach<E: Engine>(
         return Err(AttachError::NoWay(passed_over));
     };
     record.via = via;
-    record.recoverable = settings.recoverable;
+    // What could be resumed once can be again.
+    record.recoverable = settings.recoverable || settings.resume.is_some();
     record.device = Some(running.path().to_owned());
     record.size = running.size();
     let remains = running.remains().into_iter();

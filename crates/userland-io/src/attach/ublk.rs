@@ -1,23 +1,151 @@
 //! The way by ublk.
 
 use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use tokio::runtime::Handle;
+
+use super::holders::claim;
+use super::module;
 use super::record::Record;
-use super::way::{Running, Settings};
+use super::way::{Pending, Running, Settings, Stuck};
+use crate::transports::ublk::{self, BlockDevice, Error, Target};
 use crate::{Device, Engine};
 
+/// The driver's module.
+const MODULE: &str = "ublk_drv";
+/// Its control device in sysfs, wherever the driver is.
+const CONTROL: &str = "/sys/class/misc/ublk-control";
+/// The record's fields.
+const INDEX: &str = "index";
+const IDENTITY: &str = "identity";
+/// How long somebody may look at the device who has not claimed it: udev, which does so with each new one and
+/// after each writer, or the kernel, for partitions.
+const GLANCE: Duration = Duration::from_secs(2);
+const STEP: Duration = Duration::from_millis(5);
+
 pub(super) fn probe(_: &Settings) -> Result<(), String> {
-    Err("this version of userland-io does not have it yet".to_owned())
+    if !Path::new(CONTROL).exists() {
+        module::load(MODULE)?;
+    }
+    ublk::available().map_err(words)
 }
 
 pub(super) async fn start<E: Engine>(
-    _: Device<E>,
-    _: &Settings,
+    device: Device<E>,
+    settings: &Settings,
     _: &Record,
 ) -> io::Result<Box<dyn Running>> {
-    Err(io::ErrorKind::Unsupported.into())
+    let mut target = Target::new(device)
+        .recoverable(settings.recoverable)
+        .resized_when_asked()
+        .runtime(Handle::current());
+    if let Some(queues) = settings.queues {
+        target = target.queues(queues);
+    }
+    if let Some(depth) = settings.depth {
+        target = target.depth(depth);
+    }
+    let started = match &settings.resume {
+        Some(path) => target.resume(path).await,
+        None => target.add().await,
+    };
+    let block = started.map_err(|error| io::Error::other(words(error)))?;
+    Ok(Box::new(Served {
+        path: block.path(),
+        block,
+    }))
 }
 
-pub(super) fn remove_stale(_: &Record) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
+pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
+    let number = |key| record.remains(key).and_then(|value| value.parse().ok());
+    // Without them it died before there was a device.
+    let (Some(index), Some(identity)) = (number(INDEX), number(IDENTITY)) else {
+        return Ok(());
+    };
+    match u32::try_from(index) {
+        Ok(index) => ublk::remove_unused(index, identity).map_err(system),
+        Err(_) => Ok(()),
+    }
+}
+
+/// A device, and its path for those who borrow it.
+struct Served {
+    path: PathBuf,
+    block: BlockDevice,
+}
+
+impl Running for Served {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn size(&self) -> u64 {
+        self.block.size()
+    }
+
+    fn remains(&self) -> Vec<(&'static str, String)> {
+        let index = self.block.index();
+        let mut remains = vec![(INDEX, index.to_string())];
+        if let Some(identity) = ublk::identity(index) {
+            remains.push((IDENTITY, identity.to_string()));
+        }
+        remains
+    }
+
+    fn resize(&mut self, _: u64) -> Pending<'_, io::Result<()>> {
+        // It asks the disk itself, which may be longer already.
+        Box::pin(async { self.block.resize().await.map_err(system) })
+    }
+
+    fn ended(&mut self) -> Pending<'_, String> {
+        Box::pin(async {
+            self.block.ended().await;
+            "the driver has stopped it: somebody took it away, or it failed".to_owned()
+        })
+    }
+
+    fn detach(self: Box<Self>) -> Pending<'static, Result<(), Stuck>> {
+        Box::pin(async move {
+            let until = Instant::now() + GLANCE;
+            loop {
+                let error = match self.block.shutdown_if_unused().await {
+                    Ok(()) => {
+                        self.block.ended().await;
+                        return Ok(());
+                    }
+                    Err(error) => error,
+                };
+                if !matches!(error, Error::InUse(_)) {
+                    return Err(system(error).into());
+                }
+                if Instant::now() >= until || claim(&self.path).is_err() {
+                    return Err(Stuck {
+                        error: system(error),
+                        running: Some(self),
+                    });
+                }
+                tokio::time::sleep(STEP).await;
+            }
+        })
+    }
+}
+
+/// As an error of the system's, whose kind says if the device is in use.
+fn system(error: Error) -> io::Error {
+    let kind = match &error {
+        Error::InUse(_) => io::ErrorKind::ResourceBusy,
+        Error::Command { source, .. } | Error::Io { source, .. } => source.kind(),
+        _ => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, words(error))
+}
+
+/// What to tell whoever knows already that this is about ublk.
+fn words(error: Error) -> String {
+    match error {
+        Error::Unavailable(why) => why,
+        other => other.to_string(),
+    }
 }

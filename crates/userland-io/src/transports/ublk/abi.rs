@@ -17,6 +17,7 @@ pub(super) enum Control {
     EndUserRecovery,
     GetDevInfo,
     GetFeatures,
+    DelDevAsync,
     UpdateSize,
     TryStopDev,
 }
@@ -42,6 +43,7 @@ impl Control {
             Control::EndUserRecovery => set(0x11),
             Control::GetDevInfo => get(0x02),
             Control::GetFeatures => get(0x13),
+            Control::DelDevAsync => get(0x14),
             Control::UpdateSize => set(0x15),
             Control::TryStopDev => set(0x17),
         }
@@ -61,6 +63,7 @@ impl Control {
             Control::EndUserRecovery => "END_USER_RECOVERY",
             Control::GetDevInfo => "GET_DEV_INFO",
             Control::GetFeatures => "GET_FEATURES",
+            Control::DelDevAsync => "DEL_DEV_ASYNC",
             Control::UpdateSize => "UPDATE_SIZE",
             Control::TryStopDev => "TRY_STOP_DEV",
         }
@@ -334,6 +337,7 @@ mod tests {
         assert_eq!(Control::AddDev.opcode(), 0xc020_7504);
         assert_eq!(Control::GetDevInfo.opcode(), 0x8020_7502);
         assert_eq!(Control::GetFeatures.opcode(), 0x8020_7513);
+        assert_eq!(Control::DelDevAsync.opcode(), 0x8020_7514);
         assert_eq!(Control::UpdateSize.opcode(), 0xc020_7515);
         assert_eq!((FETCH, COMMIT_AND_FETCH), (0xc010_7520, 0xc010_7521));
     }

@@ -3,14 +3,19 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use rustix::fd::AsRawFd;
+use rustix::fs::FileType;
 
 use super::abi::{Control, ControlCommand, DeviceInfo, Flags, Params};
 use super::error::Error;
+use crate::transports::node;
 
 const PATH: &str = "/dev/ublk-control";
+/// Its directory in sysfs.
+const DEVICE: &str = "/sys/class/misc/ublk-control";
 
 /// The longest buffer of a command: a set of the most CPUs that Linux can be built for.
 const BUFFER: usize = 1024;
@@ -32,6 +37,12 @@ impl ControlDevice {
     /// # Errors
     /// [`Error::Unavailable`] if this kernel has no ublk, too old a one, or does not let us.
     pub(super) fn open() -> Result<Self, Error> {
+        // Where this fails, to open it does too.
+        let _ = node::ensure(
+            Path::new(PATH),
+            Path::new(DEVICE),
+            FileType::CharacterDevice,
+        );
         let file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -6,12 +6,11 @@
 //! The order of an end: the driver stops the device, which finishes what is under way and ends every tag's
 //! task; the queues' threads end; the character device is closed, and the driver removes it; the disk is closed.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
 
+use rustix::fs::FileType;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -22,7 +21,8 @@ use super::error::Error;
 use super::params;
 use super::queues::Queues;
 use super::recover::recover;
-use super::target::block_path;
+use super::target::{block_device, block_path, delete, forget_nodes, stop_unused};
+use crate::transports::node;
 use crate::{Device, Engine, Geometry};
 
 /// A kernel block device that this process serves; see [`Target`](super::Target).
@@ -33,21 +33,32 @@ use crate::{Device, Engine, Geometry};
 pub struct BlockDevice {
     index: u32,
     to: mpsc::Sender<Message>,
-    ended: watch::Receiver<bool>,
+    status: watch::Receiver<Status>,
+}
+
+/// What others can see of it.
+#[derive(Debug)]
+struct Status {
+    /// In bytes.
+    size: u64,
+    ended: bool,
 }
 
 impl BlockDevice {
     /// Makes a device as ordered, and resolves when it answers.
     pub(super) async fn start<E: Engine>(order: Order<E>) -> Result<Self, Error> {
         let (to, from) = mpsc::channel();
-        let (ended, sees_end) = watch::channel(false);
+        let (status, watched) = watch::channel(Status {
+            size: 0,
+            ended: false,
+        });
         let (tell, told) = oneshot::channel();
         let sender = to.clone();
         thread::Builder::new()
             .name("ublk-life".to_owned())
             .spawn(move || {
-                live(order, sender, from, tell);
-                ended.send_replace(true);
+                live(order, sender, from, tell, &status);
+                status.send_modify(|status| status.ended = true);
             })
             .map_err(Error::io("a thread"))?;
         let index = told.await.unwrap_or_else(|_| {
@@ -58,7 +69,7 @@ impl BlockDevice {
         Ok(BlockDevice {
             index,
             to,
-            ended: sees_end,
+            status: watched,
         })
     }
 
@@ -70,6 +81,27 @@ impl BlockDevice {
     /// N of `/dev/ublkbN`.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// Its size in bytes, now: the disk's, rounded down to whole blocks.
+    pub fn size(&self) -> u64 {
+        self.status.borrow().size
+    }
+
+    /// Makes the device as long as the disk is now. It becomes so by itself, too; this waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Unsuitable`] if the driver cannot resize a device, or there is not one whole block left; else what
+    /// the driver said. The device stays as it was.
+    pub async fn resize(&self) -> Result<(), Error> {
+        let (answer, answered) = oneshot::channel();
+        let answer = Some(answer);
+        if self.to.send(Message::Resize { answer }).is_ok()
+            && let Ok(result) = answered.await
+        {
+            return result;
+        }
+        Err(Error::NotFound(self.path().display().to_string()))
     }
 
     /// Takes the device down: finishes the requests under way, and gives the disk's handle back by
@@ -91,9 +123,9 @@ impl BlockDevice {
 
     /// Resolves when the device is gone, also if somebody else took it away.
     pub async fn ended(&self) {
-        let mut ended = self.ended.clone();
+        let mut status = self.status.clone();
         // An error means that the thread is gone, and with it the device.
-        let _ = ended.wait_for(|ended| *ended).await;
+        let _ = status.wait_for(|status| status.ended).await;
     }
 
     async fn stop(&self, if_unused: bool) -> Result<(), Error> {
@@ -124,6 +156,8 @@ impl Drop for BlockDevice {
 pub(super) struct Order<E: Engine> {
     pub(super) device: Device<E>,
     pub(super) start: Start,
+    /// It is resized when the disk is.
+    pub(super) follows: bool,
     pub(super) runtime: Option<Handle>,
 }
 
@@ -140,8 +174,8 @@ type Answer = oneshot::Sender<Result<(), Error>>;
 enum Message {
     /// By a queue's thread, as its last word.
     QueueEnded,
-    /// The disk has another size.
-    Resized(Geometry),
+    /// The disk may have another size.
+    Resize { answer: Option<Answer> },
     /// End.
     Stop {
         if_unused: bool,
@@ -155,6 +189,7 @@ fn live<E: Engine>(
     to: mpsc::Sender<Message>,
     from: mpsc::Receiver<Message>,
     tell: oneshot::Sender<Result<u32, Error>>,
+    status: &watch::Sender<Status>,
 ) {
     // Every thread that is made from here on inherits it.
     be_an_io_flusher();
@@ -166,11 +201,12 @@ fn live<E: Engine>(
             return;
         }
     };
-    let answer = match tell.send(Ok(life.info.index)) {
-        Ok(()) => life.go_on(),
-        Err(_) => None,
+    status.send_modify(|status| status.size = life.size);
+    let end = match tell.send(Ok(life.info.index)) {
+        Ok(()) => life.go_on(status),
+        Err(_) => End::default(),
     };
-    match (answer, life.end()) {
+    match (end.answer, life.end(end.unused)) {
         (Some(answer), result) => {
             if let Err(Err(error)) = answer.send(result) {
                 tracing::error!(%error, "a block device was not taken down well");
@@ -199,11 +235,22 @@ struct Life<E: Engine> {
     device: Device<E>,
     control: ControlDevice,
     info: DeviceInfo,
+    /// In bytes.
+    size: u64,
     queues: Queues,
     runtime: OwnOrShared,
     /// Tells of the disk's new sizes.
-    watcher: JoinHandle<()>,
+    watcher: Option<JoinHandle<()>>,
     from: mpsc::Receiver<Message>,
+}
+
+/// How a device ends.
+#[derive(Default)]
+struct End {
+    /// Who wants to know how that goes.
+    answer: Option<Answer>,
+    /// Nobody has it open any more.
+    unused: bool,
 }
 
 enum OwnOrShared {
@@ -229,6 +276,7 @@ impl<E: Engine> Life<E> {
         let Order {
             device,
             start,
+            follows,
             runtime,
         } = order;
         let mut control = ControlDevice::open()?;
@@ -260,23 +308,29 @@ impl<E: Engine> Life<E> {
             })
             .and_then(|()| {
                 let pid = u64::from(std::process::id());
-                control
-                    .tell(go, info.index, pid)
-                    .map_err(Error::command(go))
+                let gone = control.tell(go, info.index, pid);
+                gone.map_err(Error::command(go))?;
+                let path = block_path(info.index);
+                let there = node::ensure(&path, &block_device(info.index), FileType::BlockDevice);
+                there.map_err(Error::io(path.display().to_string()))
             });
         if let Err(error) = started {
             match go {
                 // It goes on waiting for a process that can serve it.
                 Control::EndUserRecovery => queues.break_off(),
-                _ => take_down(&mut control, &mut queues, info.index)?,
+                _ => take_down(&mut control, &mut queues, info.index, true)?,
             }
             return Err(error);
         }
-        let watcher = runtime.handle().spawn(watch_size(device.clone(), seen, to));
+        let watcher = follows.then(|| {
+            let watch = watch_size(device.clone(), seen, to);
+            runtime.handle().spawn(watch)
+        });
         Ok(Life {
             device,
             control,
             info,
+            size: params::whole_blocks(&seen, page_size()),
             queues,
             runtime,
             watcher,
@@ -284,68 +338,77 @@ impl<E: Engine> Life<E> {
         })
     }
 
-    /// Until the device is to end, or has ended. Answers who wants to know how that goes.
-    fn go_on(&mut self) -> Option<Answer> {
+    /// Until the device is to end, or has ended.
+    fn go_on(&mut self, status: &watch::Sender<Status>) -> End {
         let mut serving = self.queues.count();
         while serving > 0 {
-            // Never an error: the watcher has a sender, and ends after this.
-            match self.from.recv().ok()? {
+            // An error would mean that nobody is left to be served for.
+            let Ok(message) = self.from.recv() else {
+                break;
+            };
+            match message {
                 Message::QueueEnded => serving -= 1,
-                Message::Resized(geometry) => self.resize(&geometry),
+                Message::Resize { answer } => {
+                    let resized = self.resize();
+                    status.send_modify(|status| status.size = self.size);
+                    match (answer, resized) {
+                        (Some(answer), resized) => drop(answer.send(resized)),
+                        (None, Err(error)) => {
+                            let (index, to) = (self.info.index, self.device.geometry().size);
+                            tracing::error!(index, to, %error, "a block device cannot follow its disk's size");
+                        }
+                        (None, Ok(())) => {}
+                    }
+                }
                 Message::Stop {
                     if_unused: true,
                     answer: Some(answer),
-                } => match self.stop_unused() {
-                    Ok(()) => return Some(answer),
+                } => match stop_unused(&mut self.control, self.info.index) {
+                    Ok(()) => {
+                        return End {
+                            answer: Some(answer),
+                            unused: true,
+                        };
+                    }
                     Err(error) => drop(answer.send(Err(error))),
                 },
-                Message::Stop { answer, .. } => return answer,
+                Message::Stop { answer, .. } => {
+                    return End {
+                        answer,
+                        unused: false,
+                    };
+                }
             }
         }
-        None
+        End::default()
     }
 
-    fn resize(&mut self, geometry: &Geometry) {
-        let index = self.info.index;
+    /// Gives the device the size that the disk has.
+    fn resize(&mut self) -> Result<(), Error> {
+        let size = params::whole_blocks(&self.device.geometry(), page_size());
+        if size == self.size {
+            return Ok(());
+        }
         if !self.control.can(Flags::UPDATE_SIZE) {
-            tracing::error!(
-                index,
-                "the disk has another size, but the ublk driver of this kernel cannot resize a device: make it anew"
-            );
-            return;
+            return Err(Error::Unsuitable(
+                "the ublk driver of this kernel cannot resize a device (Linux 6.16 can): make it anew".to_owned(),
+            ));
         }
-        let sectors = params::whole_blocks(geometry, page_size()) / 512;
-        match self.control.tell(Control::UpdateSize, index, sectors) {
-            Ok(()) => tracing::info!(index, size = sectors * 512, "resized"),
-            Err(error) => tracing::error!(index, %error, "the device could not be resized"),
+        if size == 0 {
+            return Err(Error::Unsuitable(
+                "a disk without one whole block is no size for a kernel device".to_owned(),
+            ));
         }
-    }
-
-    /// Stops the device if nobody has it open.
-    fn stop_unused(&mut self) -> Result<(), Error> {
         let index = self.info.index;
-        let in_use = |error: std::io::Error| match error.raw_os_error() {
-            Some(libc::EBUSY) => Error::InUse(index),
-            _ => Error::command(Control::TryStopDev)(error),
-        };
-        if self.control.can(Flags::SAFE_STOP_DEV) {
-            return self
-                .control
-                .tell(Control::TryStopDev, index, 0)
-                .map_err(in_use);
-        }
-        // An exclusive opener is refused while there is another, such as a mount; plain ones are not seen.
-        let path = block_path(index);
-        OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
-            .open(path)
-            .map(drop)
-            .map_err(in_use)
+        let told = self.control.tell(Control::UpdateSize, index, size / 512);
+        told.map_err(Error::command(Control::UpdateSize))?;
+        tracing::info!(index, size, "resized");
+        self.size = size;
+        Ok(())
     }
 
     /// Takes the device down, and gives the disk's handle back.
-    fn end(mut self) -> Result<(), Error> {
+    fn end(mut self, unused: bool) -> Result<(), Error> {
         let index = self.info.index;
         // Somebody else may have put it to rest, for another process to resume it.
         let waits = self
@@ -357,12 +420,14 @@ impl<E: Engine> Life<E> {
                 self.queues.end();
                 Ok(())
             }
-            false => take_down(&mut self.control, &mut self.queues, index),
+            false => take_down(&mut self.control, &mut self.queues, index, unused),
         };
-        self.watcher.abort();
         let closed = self.runtime.handle().block_on(async {
-            // When it has ended, its handle of the disk is gone.
-            let _ = self.watcher.await;
+            if let Some(watcher) = self.watcher {
+                watcher.abort();
+                // When it has ended, its handle of the disk is gone.
+                let _ = watcher.await;
+            }
             self.device.close().await.map_err(Error::Close)
         });
         taken.and(closed)
@@ -415,19 +480,33 @@ fn add(
     Ok(info)
 }
 
-/// Stops and removes a device whose queues may run, or none of them.
-fn take_down(control: &mut ControlDevice, queues: &mut Queues, index: u32) -> Result<(), Error> {
+/// Stops and removes a device whose queues may run, or none of them. If it is `unused`, its index is free when this is done;
+/// else that would be to wait for those who have it open.
+fn take_down(
+    control: &mut ControlDevice,
+    queues: &mut Queues,
+    index: u32,
+    unused: bool,
+) -> Result<(), Error> {
     let mut taken = Ok(());
-    for command in [Control::StopDev, Control::DelDev] {
-        if let Err(error) = control.tell(command, index, 0)
-            // Somebody else may have been faster.
-            && control.info(index).is_ok()
-        {
-            taken = taken.and(Err(Error::command(command)(error)));
+    let stopped = control.tell(Control::StopDev, index, 0);
+    if let Err(error) = stopped
+        // Somebody else may have been faster.
+        && control.info(index).is_ok()
+    {
+        taken = Err(Error::command(Control::StopDev)(error));
+    }
+    queues.end();
+    let deleted = match unused {
+        true => {
+            let deleted = control.tell(Control::DelDev, index, 0);
+            forget_nodes(index);
+            deleted.map_err(Error::command(Control::DelDev))
         }
-        if command == Control::StopDev {
-            queues.end();
-        }
+        false => delete(control, index),
+    };
+    if deleted.is_err() && control.info(index).is_ok() {
+        taken = taken.and(deleted);
     }
     taken
 }
@@ -436,7 +515,7 @@ fn take_down(control: &mut ControlDevice, queues: &mut Queues, index: u32) -> Re
 async fn watch_size<E: Engine>(device: Device<E>, mut seen: Geometry, to: mpsc::Sender<Message>) {
     loop {
         seen = device.changed(seen).await;
-        if to.send(Message::Resized(seen)).is_err() {
+        if to.send(Message::Resize { answer: None }).is_err() {
             return;
         }
     }

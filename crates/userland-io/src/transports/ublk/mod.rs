@@ -34,3 +34,5 @@ mod target;
 pub use error::Error;
 pub use life::BlockDevice;
 pub use target::{Info, State, Target, devices, remove};
+#[cfg(feature = "attach")]
+pub(crate) use target::{available, identity, remove_unused};

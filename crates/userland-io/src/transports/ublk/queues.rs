@@ -7,6 +7,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::fs::FileType;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use tokio::runtime::Handle;
 
@@ -14,11 +15,13 @@ use super::abi::DeviceInfo;
 use super::control::ControlDevice;
 use super::error::Error;
 use super::serve::ServedQueue;
+use super::target::{char_device, char_path};
 use crate::queue::Queue;
+use crate::transports::node;
 use crate::transports::queue::{Executor, Stop};
 use crate::{Device, Engine};
 
-/// How long the node of a new device may take to appear, or to be ours to open.
+/// How long the node of a new device may take to be ours to open.
 const NODE: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_millis(1);
 
@@ -148,25 +151,25 @@ fn run<E: Engine>(setup: Setup<E>, tell: mpsc::Sender<io::Result<Stop>>) -> io::
     executor.run(queue, &runtime, tasks, started)
 }
 
-/// Opens the character device, whose node may take a moment.
+/// Opens the character device, which may take a moment: udev may be at it, or the process before hold it still.
 fn open_node(index: u32) -> Result<File, Error> {
-    let path = format!("/dev/ublkc{index}");
+    let path = char_path(index);
     let until = Instant::now() + NODE;
     loop {
+        node::ensure(&path, &char_device(index), FileType::CharacterDevice)
+            .map_err(Error::io(path.display().to_string()))?;
         match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => return Ok(file),
             Err(error)
                 if Instant::now() < until
                     && matches!(
                         error.kind(),
-                        io::ErrorKind::NotFound
-                            | io::ErrorKind::PermissionDenied
-                            | io::ErrorKind::ResourceBusy
+                        io::ErrorKind::PermissionDenied | io::ErrorKind::ResourceBusy
                     ) =>
             {
                 thread::sleep(STEP);
             }
-            Err(error) => return Err(Error::io(path)(error)),
+            Err(error) => return Err(Error::io(path.display().to_string())(error)),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What a caller asks for: a new block device, one to be resumed, or word of those there are.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use tokio::sync::oneshot;
@@ -8,6 +10,7 @@ use super::abi::{Control, DeviceInfo, Flags};
 use super::control::ControlDevice;
 use super::error::Error;
 use super::life::{BlockDevice, Order, Start};
+use crate::transports::node;
 use crate::{Device, Engine, Features};
 
 /// A disk that is to be a block device: how it is to be served.
@@ -27,6 +30,7 @@ pub struct Target<E: Engine> {
     max_transfer: u32,
     index: Option<u32>,
     recoverable: bool,
+    follows: bool,
     runtime: Option<tokio::runtime::Handle>,
 }
 
@@ -48,6 +52,7 @@ impl<E: Engine> Target<E> {
             max_transfer: 512 << 10,
             index: None,
             recoverable: false,
+            follows: true,
             runtime: None,
         }
     }
@@ -92,6 +97,13 @@ impl<E: Engine> Target<E> {
         self
     }
 
+    /// The device has a new size of the disk only when [`BlockDevice::resize`] asks for it.
+    #[cfg(feature = "attach")]
+    pub(crate) fn resized_when_asked(mut self) -> Self {
+        self.follows = false;
+        self
+    }
+
     /// Makes the block device. It is there, and answers, when this resolves.
     ///
     /// # Errors
@@ -133,6 +145,7 @@ impl<E: Engine> Target<E> {
         let order = Order {
             device: self.device,
             start,
+            follows: self.follows,
             runtime: self.runtime,
         };
         BlockDevice::start(order).await
@@ -244,14 +257,89 @@ pub async fn remove(index: u32) -> Result<(), Error> {
             let pid = info.pid;
             return Err(Error::Served { index, pid });
         }
-        for command in [Control::StopDev, Control::DelDev] {
-            control
-                .tell(command, index, 0)
-                .map_err(Error::command(command))?;
-        }
-        Ok(())
+        control
+            .tell(Control::StopDev, index, 0)
+            .map_err(Error::command(Control::StopDev))?;
+        delete(&mut control, index)
     })
     .await
+}
+
+/// Whether there is a driver, and one that takes our commands. Blocks for a moment.
+#[cfg(feature = "attach")]
+pub(crate) fn available() -> Result<(), Error> {
+    ControlDevice::open().map(drop)
+}
+
+/// As [`remove`], but blocks, takes away none but the device that [`identity`] names, and none that is open.
+#[cfg(feature = "attach")]
+pub(crate) fn remove_unused(index: u32, named: u64) -> Result<(), Error> {
+    if identity(index) != Some(named) {
+        // It is gone; another may have the index now.
+        return Ok(());
+    }
+    let mut control = ControlDevice::open()?;
+    let Ok(info) = control.info(index) else {
+        return Ok(());
+    };
+    if info.state == DeviceInfo::LIVE && is_alive(info.pid) {
+        let pid = info.pid;
+        return Err(Error::Served { index, pid });
+    }
+    if info.state != DeviceInfo::DEAD {
+        stop_unused(&mut control, index)?;
+        control
+            .tell(Control::StopDev, index, 0)
+            .map_err(Error::command(Control::StopDev))?;
+    }
+    delete(&mut control, index)
+}
+
+/// Stops a device if nobody has it open. Where the driver cannot do that in one, it is only made sure of.
+pub(super) fn stop_unused(control: &mut ControlDevice, index: u32) -> Result<(), Error> {
+    let in_use = |error: std::io::Error| match error.raw_os_error() {
+        Some(libc::EBUSY) => Error::InUse(index),
+        _ => Error::command(Control::TryStopDev)(error),
+    };
+    if control.can(Flags::SAFE_STOP_DEV) {
+        return control.tell(Control::TryStopDev, index, 0).map_err(in_use);
+    }
+    // An exclusive opener is refused while there is another, such as a mount; plain ones are not seen.
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
+        .open(block_path(index))
+        .map(drop)
+        .map_err(in_use)
+}
+
+/// Removes a device that is stopped, without waiting for those who still have it open. Its index is
+/// free when they have closed it.
+pub(super) fn delete(control: &mut ControlDevice, index: u32) -> Result<(), Error> {
+    let deleted = match control.tell(Control::DelDevAsync, index, 0) {
+        // Linux before 6.9.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) => {
+            control.tell(Control::DelDev, index, 0)
+        }
+        other => other,
+    };
+    forget_nodes(index);
+    deleted.map_err(Error::command(Control::DelDev))
+}
+
+/// Takes away the nodes of a device that is gone, where nobody else does.
+pub(super) fn forget_nodes(index: u32) {
+    let nodes = [
+        (block_path(index), block_device(index)),
+        (char_path(index), char_device(index)),
+    ];
+    for (path, device) in nodes {
+        if !device.exists()
+            && let Err(error) = node::forget(&path)
+        {
+            tracing::warn!(path = %path.display(), %error, "the node of a device that is gone");
+        }
+    }
 }
 
 /// True if process `pid` is there, and not merely its remains.
@@ -270,6 +358,31 @@ pub(super) fn is_alive(pid: i32) -> bool {
 /// The block device of an index.
 pub(super) fn block_path(index: u32) -> PathBuf {
     PathBuf::from(format!("/dev/ublkb{index}"))
+}
+
+/// Its directory in sysfs, while it is there.
+pub(super) fn block_device(index: u32) -> PathBuf {
+    PathBuf::from(format!("/sys/class/block/ublkb{index}"))
+}
+
+/// The character device of an index.
+pub(super) fn char_path(index: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkc{index}"))
+}
+
+/// Its directory in sysfs, while it is there.
+pub(super) fn char_device(index: u32) -> PathBuf {
+    PathBuf::from(format!("/sys/class/ublk-char/ublkc{index}"))
+}
+
+/// What tells a device from a later one of the same index: the number of its directory in sysfs, which is
+/// given but once.
+#[cfg(feature = "attach")]
+pub(crate) fn identity(index: u32) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(char_device(index))
+        .ok()
+        .map(|of| of.ino())
 }
 
 /// The index of a block device.
