@@ -10,7 +10,7 @@ use userland_io::engines::Memory;
 mod attach;
 #[path = "common/need.rs"]
 mod need;
-use attach::{Aligned, attached, detach, direct};
+use attach::{Aligned, attached, detach, direct, open};
 
 const SIZE: u64 = 8 << 20;
 
@@ -19,7 +19,7 @@ async fn a_device_in_use_is_not_detached_and_goes_on() {
     let Some(mut disk) = attached(Memory::new(SIZE)).await else {
         return;
     };
-    let claim = attach::opened(disk.path(), libc::O_EXCL).unwrap();
+    let claim = open(disk.path(), libc::O_EXCL).unwrap();
     for _ in 0..2 {
         match disk.detach().await {
             Err(DetachError::InUse { path, holders }) => {

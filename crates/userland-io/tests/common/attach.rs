@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use userland_io::attach::{AttachError, Attached, Builder, Via};
@@ -27,17 +27,21 @@ pub(crate) fn via() -> Via {
 
 /// `engine`, attached by that way; `None` once the skip is told.
 pub(crate) async fn attached(engine: impl Engine) -> Option<Attached> {
-    attached_as(engine, |builder| builder).await
+    attached_as(&opened(engine).await, |builder| builder).await
 }
 
-/// As [`attached`], with what `how` sets.
+/// A disk of `engine`.
+pub(crate) async fn opened<E: Engine>(engine: E) -> Device<E> {
+    Device::open(engine).await.unwrap()
+}
+
+/// `device`, attached by that way and with what `how` sets; `None` once the skip is told.
 pub(crate) async fn attached_as<E: Engine>(
-    engine: E,
+    device: &Device<E>,
     how: impl FnOnce(Builder<E>) -> Builder<E>,
 ) -> Option<Attached> {
-    let device = Device::open(engine).await.unwrap();
     let label = std::thread::current().name().unwrap_or("test").to_owned();
-    let builder = Builder::new(device).via(via()).label(label);
+    let builder = Builder::new(device.clone()).via(via()).label(label);
     match how(builder).attach().await {
         Ok(attached) => Some(attached),
         Err(AttachError::NotRoot) => {
@@ -56,13 +60,40 @@ pub(crate) async fn attached_as<E: Engine>(
     }
 }
 
-/// Detaches, and waits for those who look at the device for a moment, as udev does.
+/// Detaches, and sees that nothing is left.
 pub(crate) async fn detach(mut attached: Attached) {
     let path = attached.path().to_owned();
     attached.detach().await.unwrap();
     assert_eq!(attached.ended().await, None);
-    if via() != Via::Fuse && via() != Via::Nbd {
-        assert!(!path.exists(), "{} is left", path.display());
+    assert!(is_free(&path), "{} is left", path.display());
+}
+
+/// True if the kernel has no device of this process at `path` any more.
+pub(crate) fn is_free(path: &Path) -> bool {
+    let sysfs = sysfs(path);
+    match via() {
+        Via::Ublk => !path.exists() && !sysfs.exists(),
+        Via::Nbd => !sysfs.join("pid").exists(),
+        // Another process may have been given it meanwhile.
+        Via::Fuse => {
+            let ours = format!("/run/ulio/{}-", std::process::id());
+            let backing = std::fs::read_to_string(sysfs.join("loop/backing_file"));
+            !backing.unwrap_or_default().contains(&ours)
+        }
+    }
+}
+
+/// What sysfs has about the device.
+pub(crate) fn sysfs(path: &Path) -> PathBuf {
+    Path::new("/sys/class/block").join(path.file_name().unwrap())
+}
+
+/// What sysfs says of the device: the text of a file in its directory.
+pub(crate) fn told(path: &Path, file: &str) -> String {
+    let file = sysfs(path).join(file);
+    match std::fs::read_to_string(&file) {
+        Ok(text) => text.trim_end().to_owned(),
+        Err(error) => panic!("{}: {error}", file.display()),
     }
 }
 
@@ -80,15 +111,16 @@ pub(crate) fn until(what: &str, mut is: impl FnMut() -> bool) {
 
 /// The device, past the page cache.
 pub(crate) fn direct(path: &Path) -> File {
-    opened(path, libc::O_DIRECT).unwrap()
+    open(path, libc::O_DIRECT).unwrap()
 }
 
 /// The device, through the page cache.
 pub(crate) fn buffered(path: &Path) -> File {
-    opened(path, 0).unwrap()
+    open(path, 0).unwrap()
 }
 
-pub(crate) fn opened(path: &Path, flags: i32) -> io::Result<File> {
+/// The device with further flags of open(2).
+pub(crate) fn open(path: &Path, flags: i32) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options
         .read(true)
@@ -133,9 +165,4 @@ impl DerefMut for Aligned {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..][..self.len]
     }
-}
-
-/// Runs what blocks, as other programs do, beside the runtime.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.unwrap()
 }

@@ -151,6 +151,13 @@ impl Ring {
     }
 }
 
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel takes its time to end a ring, and would keep the file open until then.
+        let _ = self.uring.get_mut().submitter().unregister_files();
+    }
+}
+
 impl std::fmt::Debug for Ring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Ring({} tasks)", self.operations.len())

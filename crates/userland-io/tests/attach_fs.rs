@@ -1,0 +1,123 @@
+//! A file system on an attached device: made, used, grown while it is mounted, and clean afterwards.
+#![cfg(all(feature = "attach", target_os = "linux"))]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use userland_io::engines::Memory;
+
+#[path = "common/attach.rs"]
+mod attach;
+#[path = "common/clients.rs"]
+mod clients;
+#[path = "common/need.rs"]
+mod need;
+use attach::{attached_as, detach, opened};
+use clients::{run, succeed};
+
+const MIB: u64 = 1 << 20;
+
+/// A file system that is mounted until this is dropped.
+struct Mounted {
+    directory: TempDir,
+    umount: PathBuf,
+}
+
+impl Mounted {
+    fn new(device: &Path) -> Self {
+        let [mount, umount] = ["mount", "umount"].map(|name| need::program(name).unwrap());
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (device.to_str().unwrap(), directory.path().to_str().unwrap());
+        succeed(&mount, &["-t", "ext4", from, to]);
+        Mounted { directory, umount }
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let ran = run(&self.umount, &[self.path().to_str().unwrap()]);
+        if !ran.ok && !std::thread::panicking() {
+            panic!("{}", ran.stderr);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_tree_that_is_copied_to_ext4_comes_back_and_trimming_gives_memory_back() {
+    let programs = ["mkfs.ext4", "e2fsck", "cp", "diff", "fstrim"].map(need::program);
+    let [Some(mkfs), Some(e2fsck), Some(cp), Some(diff), Some(fstrim)] = programs else {
+        return;
+    };
+    let device = opened(Memory::new(64 * MIB)).await;
+    let Some(disk) = attached_as(&device, |builder| builder).await else {
+        return;
+    };
+    let path = disk.path().to_str().unwrap();
+    succeed(&mkfs, &["-q", "-F", path]);
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
+    for _ in 0..2 {
+        let mounted = Mounted::new(disk.path());
+        let to = mounted.path().join("src");
+        let to = to.to_str().unwrap();
+        if !Path::new(to).exists() {
+            succeed(&cp, &["-r", source, to]);
+        }
+        succeed(&diff, &["-r", source, to]);
+    }
+    succeed(&e2fsck, &["-f", "-n", path]);
+
+    let mounted = Mounted::new(disk.path());
+    let big = mounted.path().join("big");
+    fs::write(&big, vec![7; 24 * MIB as usize]).unwrap();
+    fs::File::open(&big).unwrap().sync_all().unwrap();
+    let full = device.get_ref().allocated();
+    assert!(full >= 24 * MIB, "{full}");
+    fs::remove_file(&big).unwrap();
+    // What was removed is free for a trim when the journal has it.
+    rustix::fs::sync();
+    succeed(&fstrim, &[mounted.path().to_str().unwrap()]);
+    let trimmed = device.get_ref().allocated();
+    assert!(
+        trimmed < full - 20 * MIB,
+        "{full} bytes, and {trimmed} after fstrim"
+    );
+    drop(mounted);
+    succeed(&e2fsck, &["-f", "-n", path]);
+    detach(disk).await;
+}
+
+#[tokio::test]
+async fn a_mounted_ext4_grows_with_its_disk() {
+    let programs = ["mkfs.ext4", "e2fsck", "resize2fs"].map(need::program);
+    let [Some(mkfs), Some(e2fsck), Some(resize2fs)] = programs else {
+        return;
+    };
+    let device = opened(Memory::new(16 * MIB)).await;
+    let Some(disk) = attached_as(&device, |builder| builder).await else {
+        return;
+    };
+    let path = disk.path().to_str().unwrap();
+    succeed(&mkfs, &["-q", "-F", "-b", "4096", path]);
+    let mounted = Mounted::new(disk.path());
+    fs::write(mounted.path().join("before"), [1; 5000]).unwrap();
+    let file = mounted.path().join("file");
+    let bytes = vec![3; 24 * MIB as usize];
+    assert!(fs::write(&file, &bytes).is_err(), "24 MiB fit into 16");
+    fs::remove_file(&file).unwrap();
+
+    device.get_ref().resize(48 * MIB);
+    let resized = tokio::time::timeout(Duration::from_secs(30), disk.resized(16 * MIB));
+    assert_eq!(resized.await.unwrap(), 48 * MIB);
+    succeed(&resize2fs, &[path]);
+    fs::write(&file, &bytes).unwrap();
+    assert_eq!(fs::read(mounted.path().join("before")).unwrap(), [1; 5000]);
+    drop(mounted);
+    succeed(&e2fsck, &["-f", "-n", path]);
+    detach(disk).await;
+}

@@ -1,0 +1,165 @@
+//! Many devices, one after another and at once: they leave nothing behind, and do not get in each other's way.
+#![cfg(all(feature = "attach", target_os = "linux"))]
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use tokio::sync::Mutex;
+use userland_io::engines::Memory;
+
+#[path = "common/attach.rs"]
+mod attach;
+#[path = "common/need.rs"]
+mod need;
+use attach::{Aligned, PATIENCE, attached, detach, direct, is_free};
+
+/// They count what the process has, so only one runs at a time.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+/// What a device that was taken away could have left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Held {
+    descriptors: usize,
+    threads: usize,
+    /// Mounts of this process's devices, and what stands under `/run/ulio` about them.
+    traces: Vec<String>,
+}
+
+impl Held {
+    fn now() -> Self {
+        let count = |directory: &str| fs::read_dir(directory).unwrap().count();
+        let mine = format!("{}-", std::process::id());
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts = mounts
+            .lines()
+            .filter(|line| line.contains(&format!("/run/ulio/{mine}")));
+        let mut traces: Vec<String> = mounts.map(str::to_owned).collect();
+        for entry in fs::read_dir("/run/ulio").into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with(&mine) {
+                traces.push(name);
+            }
+        }
+        Held {
+            descriptors: count("/proc/self/fd"),
+            threads: count("/proc/self/task"),
+            traces,
+        }
+    }
+}
+
+/// Memory of this process that is there, in bytes.
+fn resident() -> usize {
+    let text = fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: usize = text.split(' ').nth(1).unwrap().parse().unwrap();
+    pages * rustix::param::page_size()
+}
+
+/// Attaches, uses and detaches; false once the skip is told.
+async fn cycle(index: u8) -> bool {
+    let Some(disk) = attached(Memory::new(1 << 20)).await else {
+        return false;
+    };
+    let mut block = Aligned::filled(4096, index);
+    let file = direct(disk.path());
+    file.write_all_at(&block, 8192).unwrap();
+    block.fill(0);
+    file.read_exact_at(&mut block, 8192).unwrap();
+    assert!(block.iter().all(|byte| *byte == index));
+    drop(file);
+    detach(disk).await;
+    true
+}
+
+async fn cycles(count: usize) {
+    let _turn = TURN.lock().await;
+    // What is made once and kept is made here.
+    for index in 0..5 {
+        if !cycle(index).await {
+            return;
+        }
+    }
+    // The last threads of a device may still be on their way out.
+    let begun = Instant::now();
+    let (mut before, mut memory) = (Held::now(), resident());
+    while !before.traces.is_empty() || before != Held::now() {
+        assert!(begun.elapsed() < PATIENCE, "{before:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        (before, memory) = (Held::now(), resident());
+    }
+    for index in 0..count {
+        assert!(cycle(index as u8).await);
+    }
+    let begun = Instant::now();
+    loop {
+        let after = Held::now();
+        if after == before {
+            break;
+        }
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "{before:?}, and after {count} cycles {after:?}"
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let grown = resident().saturating_sub(memory);
+    // What an allocator keeps for threads that come and go has an end; a leak of a buffer a cycle does not.
+    let most = (1 << 20) + count * (16 << 10);
+    assert!(grown < most, "{grown} bytes more after {count} cycles");
+}
+
+#[tokio::test]
+async fn twenty_cycles_leave_nothing() {
+    cycles(20).await;
+}
+
+#[tokio::test]
+#[ignore = "takes a minute"]
+async fn two_hundred_cycles_leave_nothing() {
+    cycles(200).await;
+}
+
+#[tokio::test]
+async fn sixty_four_devices_at_once_are_apart() {
+    const COUNT: u8 = 64;
+    let _turn = TURN.lock().await;
+    let Some(first) = attached(Memory::new(1 << 20)).await else {
+        return;
+    };
+    let mut disks = vec![first];
+    let others: Vec<_> = (1..COUNT)
+        .map(|_| tokio::spawn(async { attached(Memory::new(1 << 20)).await.unwrap() }))
+        .collect();
+    for other in others {
+        disks.push(other.await.unwrap());
+    }
+    let paths: Vec<PathBuf> = disks.iter().map(|disk| disk.path().to_owned()).collect();
+    for (index, path) in paths.iter().enumerate() {
+        let block = Aligned::filled(4096, index as u8 + 1);
+        direct(path)
+            .write_all_at(&block, index as u64 * 4096)
+            .unwrap();
+    }
+    for (index, path) in paths.iter().enumerate() {
+        let mut all = Aligned::new(1 << 20);
+        direct(path).read_exact_at(&mut all, 0).unwrap();
+        for (at, block) in all.chunks(4096).enumerate() {
+            let byte = if at == index { index as u8 + 1 } else { 0 };
+            assert!(
+                block.iter().all(|found| *found == byte),
+                "{} at {at}",
+                path.display()
+            );
+        }
+    }
+    let ends: Vec<_> = disks
+        .into_iter()
+        .map(|disk| tokio::spawn(detach(disk)))
+        .collect();
+    for end in ends {
+        end.await.unwrap();
+    }
+    assert!(paths.iter().all(|path| is_free(path)));
+}
