@@ -15,7 +15,7 @@ pub enum Holder {
     Mount {
         /// Where.
         at: PathBuf,
-        /// A process in whose mount namespace that is, unless it is this one's too.
+        /// A process in whose mount namespace that is, unless it is that of this process or of process 1.
         pid: Option<u32>,
     },
     /// It is swap space.
@@ -151,25 +151,42 @@ impl Family {
     }
 }
 
-/// Mounts in all namespaces, each namespace looked at once.
+/// Where the device or a partition of it is mounted in this process's own mount namespace.
+pub(super) fn mounted_here(path: &Path) -> Vec<PathBuf> {
+    match Family::of(path) {
+        Ok(family) => mounts_of("self", &family),
+        Err(_) => Vec::new(),
+    }
+}
+
+fn mounts_of(process: &str, family: &Family) -> Vec<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+    text.lines()
+        .filter_map(|line| mount(line, family))
+        .collect()
+}
+
+/// Mounts in all namespaces, each namespace looked at once: those that need no name first, of the first process and of
+/// this one. What is there at the same place in several is named once.
 fn mounts(family: &Family, found: &mut Vec<Holder>) {
-    let own = fs::read_link("/proc/self/ns/mnt").ok();
     let mut seen = BTreeSet::new();
-    let mut look = |pid: Option<u32>, namespace: Option<PathBuf>| {
-        if namespace.is_some_and(|namespace| !seen.insert(namespace)) {
+    let mut look = |process: &str, pid: Option<u32>| {
+        let namespace = fs::read_link(format!("/proc/{process}/ns/mnt"));
+        if !namespace.is_ok_and(|namespace| seen.insert(namespace)) {
             return;
         }
-        let process = pid.map_or("self".to_owned(), |pid| pid.to_string());
-        let text = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
-        let here = text.lines().filter_map(|line| mount(line, family));
-        found.extend(here.map(|at| Holder::Mount { at, pid }));
-    };
-    look(None, own);
-    for pid in processes() {
-        let namespace = fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        if namespace.is_some() {
-            look(Some(pid), namespace);
+        for at in mounts_of(process, family) {
+            let is_it =
+                |holder: &Holder| matches!(holder, Holder::Mount { at: known, .. } if *known == at);
+            if !found.iter().any(is_it) {
+                found.push(Holder::Mount { at, pid });
+            }
         }
+    };
+    look("1", None);
+    look("self", None);
+    for pid in processes() {
+        look(&pid.to_string(), Some(pid));
     }
 }
 

@@ -3,7 +3,7 @@
 //! Its runtime is of that one thread, and drives the timers and sockets of the engine too. So nothing here
 //! waits for the device in a system call: that is for `spawn_blocking`.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -27,13 +27,34 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How many stretches of data and holes are counted for one who asks, at most.
 const MOST_STRETCHES: usize = 100_000;
 
-/// Where the answer to an order goes.
-type Asked = oneshot::Sender<Result<(), DetachError>>;
-
-/// What a handle can ask for.
+/// What a handle can ask for, and where the answer goes.
 #[derive(Debug)]
 pub(super) enum Order {
-    Detach(Asked),
+    Detach(oneshot::Sender<Result<(), DetachError>>),
+}
+
+/// Who asked for the end, and hears how it went.
+enum Asked {
+    Handle(oneshot::Sender<Result<(), DetachError>>),
+    Visitor(std::os::unix::net::UnixStream),
+}
+
+impl Asked {
+    fn answer(self, result: Result<(), DetachError>) {
+        // Nobody may be left to hear.
+        match self {
+            Asked::Handle(handle) => {
+                let _ = handle.send(result);
+            }
+            Asked::Visitor(mut visitor) => {
+                let text = result.err().map(|error| error.to_string());
+                let _ = visitor
+                    .set_nonblocking(false)
+                    .and_then(|()| visitor.set_write_timeout(Some(PATIENCE)))
+                    .and_then(|()| visitor.write_all(text.unwrap_or_default().as_bytes()));
+            }
+        }
+    }
 }
 
 /// What a handle knows of its device.
@@ -94,9 +115,8 @@ struct Farewell {
 
 impl Farewell {
     fn tell(self) {
-        // Nobody may be left to hear.
         if let Some((asked, result)) = self.asked {
-            let _ = asked.send(result);
+            asked.answer(result);
         }
         if let Some(status) = self.status {
             status.send_modify(|status| status.ended = Some(self.why));
@@ -138,7 +158,7 @@ async fn run<E: Engine>(
     // If nobody waits for it any more, the channel for orders is closed too, and it is detached.
     let _ = answer.send(Ok(started));
     let (asked, gone) = attached.serve(orders, &status).await;
-    let (mut result, why) = match gone {
+    let (mut result, mut why) = match gone {
         Gone::Detached(result) => (result, None),
         Gone::Ended(why) => (Ok(()), Some(why)),
     };
@@ -151,6 +171,9 @@ async fn run<E: Engine>(
     if let Err(error) = flushed.and(device.close().await) {
         tracing::error!(%error, "the disk could not be flushed or closed");
         result = result.and(Err(DetachError::Disk(error)));
+    }
+    if let Err(error) = &result {
+        why.get_or_insert_with(|| error.to_string());
     }
     Farewell {
         asked: asked.map(|asked| (asked, result)),
@@ -275,7 +298,7 @@ impl<E: Engine> Attached<E> {
                     Err(error @ DetachError::InUse { .. }) => {
                         let _ = asked.send(Err(error));
                     }
-                    result => return (Some(asked), Gone::Detached(result)),
+                    result => return (Some(Asked::Handle(asked)), Gone::Detached(result)),
                 },
                 Event::Order(None) => is_dropped = true,
                 Event::Look => match self.detach().await {
@@ -299,8 +322,8 @@ impl<E: Engine> Attached<E> {
                 }
                 Event::Ended(why) => return (None, Gone::Ended(why)),
                 Event::Visitor(Ok(visitor)) => {
-                    if let Some(gone) = self.receive(visitor).await {
-                        return (None, gone);
+                    if let Some((asked, result)) = self.receive(visitor).await {
+                        return (asked, Gone::Detached(result));
                     }
                 }
                 Event::Visitor(Err(error)) => {
@@ -311,8 +334,11 @@ impl<E: Engine> Attached<E> {
         }
     }
 
-    /// Answers another process.
-    async fn receive(&mut self, mut visitor: UnixStream) -> Option<Gone> {
+    /// Answers another process; later, if it has asked for the end and that is how it went.
+    async fn receive(
+        &mut self,
+        mut visitor: UnixStream,
+    ) -> Option<(Option<Asked>, Result<(), DetachError>)> {
         let mut order = [0; 16];
         let read = tokio::time::timeout(PATIENCE, visitor.read(&mut order)).await;
         let Ok(Ok(len)) = read else {
@@ -328,16 +354,18 @@ impl<E: Engine> Attached<E> {
                 None
             }
             b"detach\n" => {
-                let result = self.detach().await;
-                let text = match &result {
-                    Ok(()) => String::new(),
-                    Err(error) => error.to_string(),
-                };
-                let sending = visitor.write_all(text.as_bytes());
-                let _ = tokio::time::timeout(PATIENCE, sending).await;
-                match result {
-                    Err(DetachError::InUse { .. }) => None,
-                    result => Some(Gone::Detached(result)),
+                match self.detach().await {
+                    Err(error @ DetachError::InUse { .. }) => {
+                        let text = error.to_string();
+                        let sending = visitor.write_all(text.as_bytes());
+                        let _ = tokio::time::timeout(PATIENCE, sending).await;
+                        None
+                    }
+                    result => {
+                        // The runtime ends before the answer is known.
+                        let visitor = visitor.into_std().ok().map(Asked::Visitor);
+                        Some((visitor, result))
+                    }
                 }
             }
             _ => None,

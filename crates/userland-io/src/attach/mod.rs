@@ -23,6 +23,7 @@ mod kernel_nbd;
 mod list;
 mod manager;
 mod module;
+mod namespace;
 mod process;
 mod record;
 mod ublk;
