@@ -7,6 +7,8 @@ use std::time::Duration;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+#[cfg(target_os = "linux")]
+use userland_io::attach::Via;
 use userland_io::copy::CopyOptions;
 use userland_io::stack::{parse_duration, parse_size};
 use userland_io::transports::nbd::{Uri, UriError};
@@ -28,6 +30,7 @@ Examples:
   ulio serve file:disk.img,size=10G
   ulio info nbd://127.0.0.1:10809
   ulio copy nbd://127.0.0.1:10809 file:backup.img
+  ulio attach memory:1G
   ulio engines file")]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -43,6 +46,12 @@ pub(crate) enum Command {
     Serve(Serve),
     Info(Info),
     Copy(Copy),
+    #[cfg(target_os = "linux")]
+    Attach(Attach),
+    #[cfg(target_os = "linux")]
+    List(List),
+    #[cfg(target_os = "linux")]
+    Detach(Detach),
     Torture(Torture),
     Engines(Engines),
     Completions(Completions),
@@ -167,6 +176,96 @@ pub(crate) struct Copy {
     /// Show no progress, even if stderr is a terminal
     #[arg(long)]
     pub(crate) no_progress: bool,
+}
+
+/// Make a block device under /dev of a disk
+///
+/// Prints the device's path alone on stdout once it is ready, and on stderr by which way: ublk, else the kernel's NBD client, else
+/// FUSE and a loop device, each with the reason why the better ones were not taken. Ctrl-C or SIGTERM waits until nobody uses the
+/// device, telling who does, flushes and detaches; a second signal leaves at once and says what it left. Needs root.
+#[cfg(target_os = "linux")]
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio attach memory:1G
+  ulio attach --background file:disk.img,size=10G
+  ulio attach --via ublk --recoverable file:/var/lib/disk.img
+  ulio attach --resume /dev/ublkb0 file:/var/lib/disk.img")]
+pub(crate) struct Attach {
+    /// The words of the stack, bottom first, one argument each
+    #[arg(value_name = "STACK", required = true)]
+    pub(crate) stack: Vec<String>,
+
+    /// By this way alone: `ublk`, `nbd` or `fuse`; the default is the first of them that works here
+    #[arg(long, value_name = "WAY", value_parser = via())]
+    pub(crate) via: Option<Via>,
+
+    /// How many queues serve it at once; the default suits the way and the machine
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) queues: Option<u16>,
+
+    /// How many requests each queue has in flight at most; the default suits the way
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) depth: Option<u16>,
+
+    /// Make a device that takes no writes, whatever the stack allows
+    #[arg(long, short)]
+    pub(crate) read_only: bool,
+
+    /// Make a device that waits if this process dies: run again, the same command resumes it (ublk only)
+    #[arg(long)]
+    pub(crate) recoverable: bool,
+
+    /// Take over this device, whose process died, with the same stack (ublk only)
+    #[arg(long, value_name = "DEVICE", value_hint = ValueHint::FilePath)]
+    pub(crate) resume: Option<PathBuf>,
+
+    /// Return as soon as the device is ready, and serve it in the background; `ulio detach` ends that
+    ///
+    /// What is logged from then on goes to the kernel's log, where the kernel's own words about the device are.
+    #[arg(long, short)]
+    pub(crate) background: bool,
+}
+
+/// List what is attached
+///
+/// Each device with its way, state, size, how much of it is data, its process, what it has done, and its stack. Without root
+/// everything but the data and what was done is there.
+#[cfg(target_os = "linux")]
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio list
+  ulio list --stale
+  ulio list --json")]
+pub(crate) struct List {
+    /// Only those whose process has died
+    #[arg(long)]
+    pub(crate) stale: bool,
+
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Detach devices
+///
+/// One that is in use is left alone, and it is said who uses it. Else its process flushes the disk and ends; if that has died, what it
+/// left is removed. The path of each device that is gone is printed on stdout. Needs root.
+#[cfg(target_os = "linux")]
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ulio detach /dev/loop0
+  ulio detach --stale")]
+pub(crate) struct Detach {
+    /// The devices, as `ulio list` has them
+    #[arg(value_name = "DEVICE", required_unless_present = "stale", value_hint = ValueHint::FilePath)]
+    pub(crate) devices: Vec<PathBuf>,
+
+    /// Remove what dead processes have left and nobody uses; not a device that waits to be resumed
+    #[arg(long, conflicts_with = "devices")]
+    pub(crate) stale: bool,
 }
 
 /// Look for a way to make a disk break its promises
@@ -328,6 +427,14 @@ fn listen(text: &str) -> Result<String, String> {
         }
     }
     Ok(text.to_owned())
+}
+
+/// The ways' names, so that help and completions have them.
+#[cfg(target_os = "linux")]
+fn via() -> impl clap::builder::TypedValueParser<Value = Via> {
+    use clap::builder::{PossibleValuesParser, TypedValueParser};
+    let names = PossibleValuesParser::new(Via::ALL.map(Via::name));
+    names.try_map(|name| name.parse::<Via>())
 }
 
 fn nbd_uri(text: &str) -> Result<String, String> {

@@ -9,6 +9,9 @@ pub(crate) enum Failure {
     Usage(String),
     /// It did not work: exit code 1.
     Failed(String),
+    /// Another process has told why, and ended with this exit code.
+    #[cfg(target_os = "linux")]
+    Told(u8),
     /// Whoever read the output has gone (`ulio engines | head -1`): no fault.
     OutputGone,
 }

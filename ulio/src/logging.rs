@@ -5,6 +5,7 @@ use std::io;
 use tracing_subscriber::EnvFilter;
 
 use crate::errors::Failure;
+use crate::output::Told;
 
 /// Where the filter comes from if there is no `--log`.
 const VARIABLE: &str = "ULIO_LOG";
@@ -30,7 +31,7 @@ pub(crate) fn start(option: Option<&str>, default: &str) -> Result<(), Failure> 
     })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(|| Told)
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         // Else it would panic when stderr has gone.
         .log_internal_errors(false)

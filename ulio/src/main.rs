@@ -1,4 +1,4 @@
-//! The command line of userland-io: serve, inspect and copy userland disks.
+//! The command line of userland-io: serve, attach, inspect and copy userland disks.
 //!
 //! `cli` reads the arguments, `commands` has one module for each command, and the
 //! rest is what they share. What a disk does, and how, is the library's business.
@@ -11,6 +11,8 @@ mod logging;
 mod output;
 mod process;
 mod progress;
+#[cfg(target_os = "linux")]
+mod service;
 mod signals;
 mod stacks;
 

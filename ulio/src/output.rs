@@ -5,6 +5,7 @@
 
 use std::io::{self, BufWriter, ErrorKind, StdoutLock, Write};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use serde::Serialize;
 
@@ -47,10 +48,36 @@ fn gone(error: io::Error) -> Failure {
     }
 }
 
+/// Stderr, in one write a line: what a log that others write to needs.
+pub(crate) struct Told;
+
+/// What each line on stderr begins with.
+static PREFIX: OnceLock<String> = OnceLock::new();
+
+impl Told {
+    /// Begins each line with the name and number of this process from now on.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn name_lines() {
+        PREFIX.get_or_init(|| format!("ulio[{}]: ", std::process::id()));
+    }
+}
+
+impl Write for Told {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let prefix = PREFIX.get().map_or("", String::as_str).as_bytes();
+        io::stderr().write_all(&[prefix, line].concat())?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Tells a person something, on stderr.
 pub(crate) fn note(text: &str) {
     // If nobody can be told, there is nobody to tell that.
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    let _ = Told.write_all(format!("{text}\n").as_bytes());
 }
 
 /// Tells why a command failed, on stderr, and gives the exit code.
@@ -58,6 +85,8 @@ pub(crate) fn report(failure: Failure) -> ExitCode {
     let (text, code) = match failure {
         Failure::Usage(text) => (text, 2),
         Failure::Failed(text) => (one_line(&text), 1),
+        #[cfg(target_os = "linux")]
+        Failure::Told(code) => return ExitCode::from(code),
         Failure::OutputGone => return ExitCode::SUCCESS,
     };
     note(&format!("error: {}", printable(&text)));

@@ -11,6 +11,8 @@ use crate::logging;
 pub(crate) fn run(arguments: Cli) -> Result<(), Failure> {
     let default = match arguments.command {
         Command::Serve(_) => logging::SERVER,
+        #[cfg(target_os = "linux")]
+        Command::Attach(_) => logging::SERVER,
         // What it makes fail is no news.
         Command::Torture(_) => "off",
         _ => logging::OTHERS,
@@ -22,6 +24,12 @@ pub(crate) fn run(arguments: Cli) -> Result<(), Failure> {
         Command::Serve(serve) => block_on(commands::serve::run(serve, &registry)),
         Command::Info(info) => block_on(commands::info::run(info, &registry)),
         Command::Copy(copy) => block_on(commands::copy::run(copy, &registry)),
+        #[cfg(target_os = "linux")]
+        Command::Attach(attach) => commands::attach::run(attach, &registry),
+        #[cfg(target_os = "linux")]
+        Command::List(list) => commands::list::run(list),
+        #[cfg(target_os = "linux")]
+        Command::Detach(detach) => commands::detach::run(detach),
         Command::Torture(torture) => block_on(commands::torture::run(torture, &registry)),
         Command::Engines(engines) => commands::engines::run(engines, &registry),
         Command::Completions(completions) => commands::completions::run(completions),
@@ -29,7 +37,7 @@ pub(crate) fn run(arguments: Cli) -> Result<(), Failure> {
     }
 }
 
-fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+pub(crate) fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // At least two, so that a busy one does not keep signals waiting.

@@ -59,11 +59,12 @@ impl Signals {
         }
     }
 
-    /// From now on, one more ends the process: whatever still goes on, and without a flush.
-    pub(crate) fn leave_on_next(mut self) {
+    /// From now on, one more ends the process: whatever still goes on, and without a flush. `left` says what that means.
+    pub(crate) fn leave_on_next(mut self, left: impl Into<String>) {
+        let left = left.into();
         tokio::spawn(async move {
             self.next().await;
-            output::note("error: a second signal: left at once, without waiting for the disks");
+            output::note(&format!("error: a second signal: left at once, {left}"));
             std::process::exit(1);
         });
     }

@@ -1,6 +1,8 @@
 //! From words to open disks.
 
 use userland_io::Device;
+#[cfg(target_os = "linux")]
+use userland_io::stack::{Entry, Item, Key, Kind};
 use userland_io::stack::{Plan, Registry};
 
 use crate::errors::Failure;
@@ -69,6 +71,34 @@ pub(crate) fn bottom(plan: &Plan) -> Option<&'static str> {
     Some(plan.options().next()?.entry().name)
 }
 
+/// The words of `plan` with each path absolute, so that they name the same disk in any directory.
+#[cfg(target_os = "linux")]
+pub(crate) fn absolute(plan: &Plan) -> String {
+    fn key<'a>(entry: &'a Entry, n: usize, item: &Item) -> Option<&'a Key> {
+        match item {
+            Item::Pair(name, _) => entry.keys.iter().find(|key| key.name == name.text),
+            Item::Bare(_) if n == 0 => entry.positional_key(),
+            Item::Bare(_) => None,
+        }
+    }
+    let mut words = Vec::new();
+    for (word, options) in plan.words().iter().zip(plan.options()) {
+        let mut word = word.clone();
+        for (n, item) in word.items.iter_mut().enumerate() {
+            let is_path = key(options.entry(), n, item).is_some_and(|key| key.kind == Kind::Path);
+            let (Item::Bare(value) | Item::Pair(_, value)) = item;
+            if is_path
+                && !word.is_uri
+                && let Ok(path) = std::path::absolute(&value.text)
+            {
+                value.text = path.display().to_string();
+            }
+        }
+        words.push(word.to_string());
+    }
+    words.join(" ")
+}
+
 /// `plan` with `item` added to its bottom word.
 pub(crate) fn with_item(plan: &Plan, item: &str, registry: &Registry) -> Option<Plan> {
     let mut words = plan.words().iter();
@@ -112,6 +142,23 @@ mod tests {
         assert_eq!(marked("null:1G,readonly=no"), "null:1G,readonly=no");
         assert_eq!(marked("memory:1G"), "memory:1G");
         assert_eq!(marked("null"), "null");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_path_is_made_absolute_and_nothing_else_is() {
+        let registry = Registry::builtin();
+        let here = std::env::current_dir().unwrap();
+        for (words, expected) in [
+            ("file:a,size=1G readonly", "file:HERE/a,size=1G readonly"),
+            ("file:/a offset:1M", "file:/a offset:1M"),
+            ("memory:1G", "memory:1G"),
+            ("file:size=1G,path=a", "file:size=1G,path=HERE/a"),
+        ] {
+            let plan = registry.parse(words).unwrap();
+            let expected = expected.replace("HERE", here.to_str().unwrap());
+            assert_eq!(absolute(&plan), expected);
+        }
     }
 
     #[test]

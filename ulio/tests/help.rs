@@ -3,10 +3,26 @@
 mod common;
 use common::Ulio;
 
+const COMMANDS: &[&str] = &[
+    "serve",
+    "info",
+    "copy",
+    #[cfg(target_os = "linux")]
+    "attach",
+    #[cfg(target_os = "linux")]
+    "list",
+    #[cfg(target_os = "linux")]
+    "detach",
+    "torture",
+    "engines",
+    "completions",
+    "man",
+];
+
 #[test]
 fn help_of_each_command_ends_with_examples() {
     let ulio = Ulio::new();
-    for command in ["serve", "info", "copy", "engines", "completions", "man"] {
+    for command in COMMANDS {
         let ran = ulio.run(&format!("{command} --help"));
         let (_, examples) = ran.ok().split_once("\nExamples:\n").expect(command);
         assert!(
@@ -51,16 +67,8 @@ fn completions_know_the_commands_and_options() {
 fn man_writes_a_page_for_each_command() {
     let ulio = Ulio::new();
     assert_eq!(ulio.run("man pages/man1").ok(), "pages/man1\n");
-    for page in [
-        "ulio",
-        "ulio-serve",
-        "ulio-info",
-        "ulio-copy",
-        "ulio-engines",
-        "ulio-torture",
-        "ulio-completions",
-        "ulio-man",
-    ] {
+    let pages = COMMANDS.iter().map(|command| format!("ulio-{command}"));
+    for page in pages.chain(["ulio".to_owned()]) {
         let text = ulio.read(&format!("pages/man1/{page}.1"));
         let text = String::from_utf8(text).unwrap();
         assert!(text.contains(".SH SYNOPSIS"), "{page}");
@@ -68,7 +76,7 @@ fn man_writes_a_page_for_each_command() {
     }
     assert_eq!(
         std::fs::read_dir(ulio.path("pages/man1")).unwrap().count(),
-        8
+        COMMANDS.len() + 1
     );
     assert!(ulio.run("man").ok().contains(".TH ulio 1"));
 }
@@ -111,6 +119,28 @@ fn wrong_arguments_are_usage_errors() {
         ("serve null:1M --listen nbd://localhost/a", "the export `a`"),
         ("serve --export null:1M", "NAME=STACK"),
         ("serve --export a=", "the export `a` has no stack"),
+    ] {
+        let ran = ulio.run(line);
+        assert_eq!(ran.code, Some(2), "{line}: {ran:#?}");
+        assert!(ran.err.contains(part), "{line}: {ran:#?}");
+        assert_eq!(ran.out, "");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn wrong_arguments_of_attach_are_usage_errors() {
+    let ulio = Ulio::new();
+    for (line, part) in [
+        ("attach", "<STACK>..."),
+        ("attach memory:1M --via smoke", "ublk, nbd, fuse"),
+        ("attach memory:1M --queues 0", "0 is not in 1.."),
+        ("attach memory:1M --depth deep", "invalid digit"),
+        ("attach memory:1M,colour=red", "no key `colour`"),
+        ("attach mamory:1M --background", "did you mean `memory`?"),
+        ("detach", "<DEVICE>..."),
+        ("detach /dev/loop0 --stale", "cannot be used with"),
+        ("list /dev/loop0", "unexpected argument"),
     ] {
         let ran = ulio.run(line);
         assert_eq!(ran.code, Some(2), "{line}: {ran:#?}");

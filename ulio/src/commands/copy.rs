@@ -47,7 +47,7 @@ pub(crate) async fn run(arguments: Copy, registry: &Registry) -> Result<(), Fail
         () = signals.next() => None,
     };
     meter.end();
-    signals.leave_on_next();
+    signals.leave_on_next("without waiting for the disks");
     let closed = close(source, target, &arguments).await;
     let refused = matches!(
         result,

@@ -37,7 +37,7 @@ pub(crate) async fn run(arguments: Serve, registry: &Registry) -> Result<(), Fai
 
     signals.next().await;
     note("stopping: finishing requests and flushing; once more leaves at once");
-    signals.leave_on_next();
+    signals.leave_on_next("without waiting for the disks");
     let served = server.shutdown().await;
     let closed = close(disks).await;
     served.map_err(|error| Failure::of("flushing the disks", error))?;
