@@ -1,23 +1,180 @@
 //! The way by FUSE and a loop device.
+//!
+//! The file system is in no place: no mount shows it, no mount namespace that is copied meanwhile keeps it, and nothing of it
+//! is left when the loop device goes, whose open file is all that holds it. Its file is named after the record,
+//! and that name, which sysfs tells of a loop device, is how a device is recognised later.
 
 use std::io;
+use std::path::{Path, PathBuf};
 
+use rustix::fd::AsFd;
+use tokio::runtime::Handle;
+use tokio::task::spawn_blocking;
+
+use super::loop_device::{CONTROL, LoopDevice};
+use super::module;
 use super::record::Record;
-use super::way::{Running, Settings};
-use crate::{Device, Engine};
+use super::way::{Pending, Running, Settings, Stuck};
+use crate::transports::fuse;
+use crate::{Device, Engine, Features};
 
-pub(super) fn probe(_: &Settings) -> Result<(), String> {
-    Err("this version of userland-io does not have it yet".to_owned())
+/// The largest block that loop devices have everywhere, in bytes: the smallest page.
+const MAX_BLOCK: u32 = 4096;
+
+pub(super) fn probe(settings: &Settings) -> Result<(), String> {
+    if settings.recoverable || settings.resume.is_some() {
+        return Err("a loop device over FUSE cannot outlive its process: only ublk can".to_owned());
+    }
+    for (node, name) in [(fuse::DEVICE, "fuse"), (CONTROL, "loop")] {
+        if !Path::new(node).exists() {
+            module::load(name)?;
+        }
+    }
+    Ok(())
 }
 
 pub(super) async fn start<E: Engine>(
-    _: Device<E>,
-    _: &Settings,
-    _: &Record,
+    device: Device<E>,
+    settings: &Settings,
+    record: &Record,
 ) -> io::Result<Box<dyn Running>> {
-    Err(io::ErrorKind::Unsupported.into())
+    let mut file = fuse::File::new(device.clone()).runtime(Handle::current());
+    if let Some(queues) = settings.queues {
+        file = file.threads(queues.into());
+    }
+    if let Some(depth) = settings.depth {
+        file = file.depth(depth);
+    }
+    let name = file_name(record);
+    let attached = blocking(move || Attached::new(device, file, name)).await?;
+    Ok(Box::new(attached))
 }
 
-pub(super) fn remove_stale(_: &Record) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
+pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
+    match LoopDevice::find(&format!("/{}", file_name(record)))? {
+        Some(device) => device.remove(),
+        None => Ok(()),
+    }
+}
+
+/// The name of the file behind the device of `record`, in the root of its file system.
+fn file_name(record: &Record) -> String {
+    format!("ulio-{}", record.id)
+}
+
+struct Attached {
+    session: fuse::Session,
+    device: LoopDevice,
+    path: PathBuf,
+    size: u64,
+}
+
+impl Attached {
+    fn new<E: Engine>(device: Device<E>, file: fuse::File<E>, name: String) -> io::Result<Self> {
+        let geometry = device.geometry();
+        // The disk's handle belongs to the session from here on.
+        drop(device);
+        let block = geometry.logical_block_size.clamp(512, MAX_BLOCK);
+        let is_read_only = geometry.is_read_only();
+        let fuse::Unseen { session, mount } = file.unseen(name.clone().into(), block.into())?;
+        // On an error, what is dropped takes the file system with it, and that ends the session.
+        let made = fuse::open_in(mount.as_fd(), Path::new(&name), !is_read_only)
+            .and_then(|file| LoopDevice::over(&file, block, is_read_only));
+        drop(mount);
+        let sized = made.and_then(|device| match device.size() {
+            Ok(size) => Ok((device, size)),
+            Err(error) => device.remove().and(Err(error)),
+        });
+        let (device, size) = match sized {
+            Ok(sized) => sized,
+            Err(error) => {
+                let _ = session.join();
+                return Err(error);
+            }
+        };
+        let is_rotational = geometry.features.contains(Features::ROTATIONAL);
+        device.set("rotational", if is_rotational { "1" } else { "0" });
+        if !geometry.needs_flush() {
+            device.set("write_cache", "write through");
+        }
+        if !geometry.features.contains(Features::WRITE_ZEROES) {
+            device.set("discard_max_bytes", "0");
+        }
+        Ok(Attached {
+            path: device.path(),
+            size,
+            device,
+            session,
+        })
+    }
+}
+
+impl Running for Attached {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn resize(&mut self, _: u64) -> Pending<'_, io::Result<()>> {
+        Box::pin(async {
+            let device = self.device.clone();
+            let follow = move || device.follow_file().and_then(|()| device.size());
+            self.size = blocking(follow).await?;
+            Ok(())
+        })
+    }
+
+    fn ended(&mut self) -> Pending<'_, String> {
+        Box::pin(async {
+            self.session.ended().await;
+            let device = self.device.clone();
+            if !device.is_there() {
+                return format!("somebody has taken {} away", self.path.display());
+            }
+            // Its connection was cut, and every request to it fails.
+            match blocking(move || device.remove()).await {
+                Ok(()) => "its FUSE connection was aborted".to_owned(),
+                Err(error) => format!(
+                    "its FUSE connection was aborted, and {} could not be removed: {error}",
+                    self.path.display()
+                ),
+            }
+        })
+    }
+
+    fn detach(self: Box<Self>) -> Pending<'static, Result<(), Stuck>> {
+        Box::pin(async move {
+            let device = self.device.clone();
+            match blocking(move || device.remove()).await {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    return Err(Stuck {
+                        error,
+                        running: Some(self),
+                    });
+                }
+                Err(error) if self.device.is_there() => return Err(error.into()),
+                Err(error) => {
+                    // It is gone all the same, and so is what could not be written.
+                    let _ = blocking(move || Ok(self.session.join())).await;
+                    return Err(error.into());
+                }
+            }
+            // The disk is flushed and closed by whoever has its other handle.
+            blocking(move || Ok(self.session.join()))
+                .await?
+                .map_err(io::Error::from)?;
+            Ok(())
+        })
+    }
+}
+
+/// Runs what may wait for the device on a thread where that does no harm.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    spawn_blocking(work).await.map_err(io::Error::other)?
 }

@@ -21,6 +21,7 @@ mod fuse;
 mod holders;
 mod kernel_nbd;
 mod list;
+mod loop_device;
 mod manager;
 mod module;
 mod namespace;

@@ -76,7 +76,7 @@ pub(crate) fn is_free(path: &Path) -> bool {
         Via::Nbd => !sysfs.join("pid").exists(),
         // Another process may have been given it meanwhile.
         Via::Fuse => {
-            let ours = format!("/run/ulio/{}-", std::process::id());
+            let ours = format!("/ulio-{}-", std::process::id());
             let backing = std::fs::read_to_string(sysfs.join("loop/backing_file"));
             !backing.unwrap_or_default().contains(&ours)
         }
