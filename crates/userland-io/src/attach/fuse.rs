@@ -92,14 +92,9 @@ impl Attached {
                 return Err(error);
             }
         };
+        // The kernel takes this anew with each file. Other attributes would stay for whoever has the device next.
         let is_rotational = geometry.features.contains(Features::ROTATIONAL);
         device.set("rotational", if is_rotational { "1" } else { "0" });
-        if !geometry.needs_flush() {
-            device.set("write_cache", "write through");
-        }
-        if !geometry.features.contains(Features::WRITE_ZEROES) {
-            device.set("discard_max_bytes", "0");
-        }
         Ok(Attached {
             path: device.path(),
             size,
