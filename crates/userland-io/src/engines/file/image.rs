@@ -18,6 +18,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use super::at_once::AtOnce;
 use super::extents;
 use super::sys::Calls;
 use crate::threads::Epochs;
@@ -25,6 +26,9 @@ use crate::{AlignedBuf, Error, ErrorKind, ExtentKind, Extents, Geometry, Result,
 
 /// The longest transfer through memory of the engine's own, in bytes.
 pub(super) const MAX_PIECE: usize = 1 << 20;
+/// The longest buffered write in one call, in bytes. From longer ones Linux makes pages so large that ext4, which
+/// walks a list of all blocks of the page in each write, takes four times as long for the short writes that come later.
+const MAX_BUFFERED: usize = 64 << 10;
 
 #[derive(Debug)]
 pub(super) struct Image {
@@ -37,6 +41,8 @@ pub(super) struct Image {
     pub(super) is_device: bool,
     /// The file system is memory: no call waits for a device.
     pub(super) never_waits: bool,
+    /// For writes where no flag keeps them from waiting; `None` if they go to the pool.
+    pub(super) at_once: Option<AtOnce>,
     pub(super) direct: bool,
     /// What offsets and lengths of direct I/O are multiples of; 1 for buffered.
     pub(super) align: u32,
@@ -110,8 +116,18 @@ impl Image {
     pub(super) fn write(&self, lane: Lane, buf: &[u8], offset: u64) -> Result {
         self.check()?;
         Ok(self.write_with(lane, buf, offset, |file, rest, at| {
-            self.calls.write(file, rest, at)
+            let part = self.one_call(lane, rest.len(), at);
+            self.calls.write(file, &rest[..part], at)
         })?)
+    }
+
+    /// How much of a write of `len` bytes one call is asked for.
+    fn one_call(&self, lane: Lane, len: usize, offset: u64) -> usize {
+        match lane {
+            Lane::Main if self.direct => len,
+            // Cut where no block is.
+            _ => len.min(MAX_BUFFERED - (offset % MAX_BUFFERED as u64) as usize),
+        }
     }
 
     fn write_with(
@@ -266,12 +282,45 @@ impl Image {
         })
     }
 
-    /// Writes as much of `buf` as needs no waiting, and answers how much that was.
+    /// Writes as much of `buf` as needs no waiting, or hardly any, and answers how much that was.
     pub(super) fn write_cached(&self, buf: &[u8], offset: u64) -> usize {
-        self.cached(&self.lacks.write_cached, || match self.never_waits {
+        let put = self.cached(&self.lacks.write_cached, || match self.never_waits {
             true => self.calls.write(&self.file, buf, offset),
             false => self.calls.write_cached(&self.file, buf, offset),
-        })
+        });
+        match &self.at_once {
+            Some(at_once) if put == 0 && self.lacks.write_cached.load(Ordering::Relaxed) => {
+                self.write_at_once(at_once, buf, offset)
+            }
+            _ => put,
+        }
+    }
+
+    fn write_at_once(&self, at_once: &AtOnce, buf: &[u8], offset: u64) -> usize {
+        let mut done = 0;
+        while let Some(rest) = buf.get(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset + done as u64;
+            let part = &rest[..self.one_call(Lane::Main, rest.len(), at)];
+            if !self.needs_no_read(part.len(), at) {
+                break;
+            }
+            // An error is for the plain call on the pool to meet.
+            match at_once.attempt(|| self.calls.write(&self.file, part, at)) {
+                Some(Ok(put)) if put > 0 => done += put.min(part.len()),
+                _ => break,
+            }
+        }
+        done
+    }
+
+    /// True if a write there covers whole blocks, or the cache has those that it covers in part.
+    fn needs_no_read(&self, len: usize, offset: u64) -> bool {
+        let block = u64::from(self.geometry.physical_block_size).max(4096);
+        let end = offset + len as u64;
+        let covers = |edge: u64| {
+            edge.is_multiple_of(block) || self.read_cached(&mut [0], edge - edge % block) == 1
+        };
+        covers(offset) && covers(end)
     }
 
     fn cached(&self, lacks: &AtomicBool, call: impl FnOnce() -> io::Result<usize>) -> usize {

@@ -6,6 +6,7 @@
 //! touches its memory. A flush is `fdatasync`.
 //!
 //! `open` makes the engine, `image` does the work, `sys` is the one place with system calls;
+//! `at_once` decides about writes that may wait but seldom do;
 //! `direct`, `extents`, `blockdev` and `lock` are what their names say.
 
 use std::ops::Range;
@@ -17,6 +18,11 @@ use crate::{
     AlignedBuf, Engine, ErrorKind, Extents, Geometry, ReadBuf, Result, WriteBuf, WriteFlags,
 };
 
+#[cfg_attr(
+    not(target_os = "linux"),
+    allow(dead_code, reason = "nobody can tell there whose file system it is")
+)]
+mod at_once;
 #[cfg(target_os = "linux")]
 mod blockdev;
 #[cfg(target_os = "linux")]
@@ -53,6 +59,13 @@ pub use open::OpenFile;
 ///
 /// After a failed flush every mutation and flush fails until the file is opened again, because the kernel
 /// forgets what it could not write. Reads go on.
+///
+/// # What may hold a task up
+///
+/// A buffered write to a local file system or device is a copy into the page cache, and is made in the task that asks for it, also
+/// where the kernel cannot promise that it does not wait (ext4, block devices). Where it did, for 5 ms or more (the kernel throttles
+/// who writes faster than the disk does, by up to 200 ms at a time), the next go to threads, for 16 times as long
+/// as it took. All else that waits for a disk is done by threads.
 ///
 /// # The lock
 ///

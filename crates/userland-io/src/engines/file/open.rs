@@ -14,6 +14,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::File;
+#[cfg(target_os = "linux")]
+use super::at_once::AtOnce;
 use super::image::{Buffers, Image, Lacks};
 use super::lock::{self, Refused};
 use super::sys::{self, Calls, Os};
@@ -232,6 +234,7 @@ impl OpenFile {
         let mut image = Image {
             calls,
             never_waits: in_memory,
+            at_once: None,
             file,
             beside: None,
             geometry,
@@ -440,7 +443,10 @@ impl OpenFile {
 
         let size = image.geometry.size;
         let writable = !self.read_only;
-        let durable = writable && (image.is_device || sys::honours_durable_writes(&image.file));
+        // No other party has a hand in writes: what they do and how long they take is this kernel's affair.
+        let is_local = image.is_device || sys::honours_durable_writes(&image.file);
+        let durable = writable && is_local;
+        image.at_once = (durable && !self.direct).then(AtOnce::new);
         if self.direct {
             image.tail_start = direct::tail_start(size, logical, unit);
         }
