@@ -85,12 +85,26 @@ impl Pool {
         self.submit(job, Some(epoch))
     }
 
+    /// Runs `job`, which nobody awaits. A panic in it is dropped.
+    pub(crate) fn spawn(&self, job: impl FnOnce() + Send + 'static) {
+        self.task(job, None);
+    }
+
     /// Resolves when no mutation handed in before this call can act any more.
     pub(crate) fn settle(&self) -> impl Future<Output = ()> + Send + '_ {
         self.shared.mutations.settled()
     }
 
     fn submit<T, F>(&self, job: F, epoch: Option<u64>) -> Running<F, T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        let task = self.task(job, epoch);
+        Running { task }
+    }
+
+    fn task<T, F>(&self, job: F, epoch: Option<u64>) -> Arc<Task<F, T>>
     where
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
@@ -102,7 +116,7 @@ impl Pool {
             epoch,
         });
         self.shared.push(task.clone());
-        Running { task }
+        task
     }
 }
 
@@ -297,6 +311,10 @@ pub(crate) struct Epochs {
     state: Mutex<EpochState>,
 }
 
+/// A moment in the life of an [`Epochs`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark(Option<u64>);
+
 #[derive(Debug)]
 struct EpochState {
     /// The number of the front group.
@@ -351,19 +369,26 @@ impl Epochs {
 
     /// Resolves when all that was counted in before this call is counted out.
     pub(crate) fn settled(&self) -> impl Future<Output = ()> + Send + '_ {
-        let target = {
-            let mut state = lock(&self.state);
-            match state.running.iter().all(|&count| count == 0) {
-                true => None,
-                false => {
-                    let last = state.first + (state.running.len() as u64).saturating_sub(1);
-                    state.running.push_back(0);
-                    Some(last)
-                }
+        self.passed(self.mark())
+    }
+
+    /// What is under way now, for [`passed`](Self::passed).
+    pub(crate) fn mark(&self) -> Mark {
+        let mut state = lock(&self.state);
+        match state.running.iter().all(|&count| count == 0) {
+            true => Mark(None),
+            false => {
+                let last = state.first + (state.running.len() as u64).saturating_sub(1);
+                state.running.push_back(0);
+                Mark(Some(last))
             }
-        };
+        }
+    }
+
+    /// Resolves when all that was under way at `mark` is counted out.
+    pub(crate) fn passed(&self, mark: Mark) -> impl Future<Output = ()> + Send + '_ {
         poll_fn(move |cx| {
-            let Some(target) = target else {
+            let Mark(Some(target)) = mark else {
                 return Poll::Ready(());
             };
             let mut state = lock(&self.state);

@@ -21,7 +21,7 @@ use std::sync::{Mutex, PoisonError};
 use super::at_once::AtOnce;
 use super::extents;
 use super::sys::Calls;
-use crate::threads::Epochs;
+use crate::threads::{Epochs, Mark};
 use crate::{AlignedBuf, Error, ErrorKind, ExtentKind, Extents, Geometry, Result, WriteFlags};
 
 /// The longest transfer through memory of the engine's own, in bytes.
@@ -205,7 +205,12 @@ impl Image {
 
     /// To be awaited after a sync or a durable write succeeded, before that is believed.
     pub(super) async fn agree(&self) -> Result {
-        self.syncs.settled().await;
+        self.agree_with(self.syncs.mark()).await
+    }
+
+    /// As [`agree`](Self::agree), if `beside` was marked when the sync had ended.
+    pub(super) async fn agree_with(&self, beside: Mark) -> Result {
+        self.syncs.passed(beside).await;
         self.check()
     }
 

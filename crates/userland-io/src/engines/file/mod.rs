@@ -6,7 +6,7 @@
 //! touches its memory. A flush is `fdatasync`.
 //!
 //! `open` makes the engine, `image` does the work, `sys` is the one place with system calls;
-//! `at_once` decides about writes that may wait but seldom do;
+//! `at_once` decides about writes that may wait but seldom do, `flushes` merges what comes together;
 //! `direct`, `extents`, `blockdev` and `lock` are what their names say.
 
 use std::ops::Range;
@@ -30,11 +30,13 @@ mod direct;
 mod extents;
 #[cfg(all(test, target_os = "linux"))]
 mod faults;
+mod flushes;
 mod image;
 mod lock;
 mod open;
 mod sys;
 
+use flushes::Flushes;
 use image::{Image, Lane};
 pub use open::OpenFile;
 
@@ -74,6 +76,7 @@ pub use open::OpenFile;
 #[derive(Debug)]
 pub struct File {
     image: Arc<Image>,
+    flushes: Flushes,
     pool: Pool,
 }
 
@@ -211,9 +214,11 @@ impl File {
     }
 
     async fn sync(&self) -> Result {
+        self.image.check()?;
         let image = self.image.clone();
-        self.pool.run(move || image.sync()).await?;
-        self.image.agree().await
+        let sync = move || image.sync().map(|()| image.syncs.mark());
+        let beside = self.flushes.flush(&self.pool, sync).await?;
+        self.image.agree_with(beside).await
     }
 
     /// Reads the part that the page cache has, from the start, into the caller's memory.

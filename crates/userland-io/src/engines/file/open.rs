@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use super::File;
 #[cfg(target_os = "linux")]
 use super::at_once::AtOnce;
+use super::flushes::Flushes;
 use super::image::{Buffers, Image, Lacks};
 use super::lock::{self, Refused};
 use super::sys::{self, Calls, Os};
@@ -90,6 +91,7 @@ impl OpenFile {
         let image = pool.run(move || self.image(calls)).await?;
         Ok(File {
             image: Arc::new(image),
+            flushes: Flushes::default(),
             pool,
         })
     }
