@@ -59,6 +59,65 @@ async fn after_a_failed_flush_the_journal_is_written_again_before_the_next() {
     within(flush).await.unwrap().unwrap();
 }
 
+/// The server has told its failure once, and takes what it lost for written.
+#[tokio::test]
+async fn a_flush_beside_one_that_failed_is_sent_again_after_the_replay() {
+    let (fake, client, mut conn) = connected(|plain| plain).await;
+    written(&client, &mut conn, 0, 1).await;
+    let failing = start_flush(&client);
+    let (first, _) = conn.request().await.unwrap();
+    let lied_to = start_flush(&client);
+    let (second, _) = conn.request().await.unwrap();
+    conn.fail(&first, error::EIO).await;
+    within(failing).await.unwrap().unwrap_err();
+    conn.done(&second).await;
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::DISC);
+    drop(conn);
+    let mut conn = fake.accept().await;
+    let (request, payload) = conn.request().await.unwrap();
+    assert_eq!((request.command, payload), (cmd::WRITE, vec![1; 512]));
+    conn.done(&request).await;
+    let (request, _) = conn.request().await.unwrap();
+    assert_eq!(request.command, cmd::FLUSH);
+    assert!(!lied_to.is_finished(), "it was answered for what was lost");
+    conn.done(&request).await;
+    within(lied_to).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn where_others_write_nothing_is_told_twice() {
+    for loss in [false, true] {
+        let (fake, client, mut conn) = connected(|to| to.shared(true)).await;
+        written(&client, &mut conn, 0, 1).await;
+        let writing = start_write(&client, 512, 2);
+        let (on_its_way, _) = conn.request().await.unwrap();
+        if loss {
+            drop(conn);
+        } else {
+            let flush = start_flush(&client);
+            let (request, _) = conn.request().await.unwrap();
+            conn.fail(&request, error::EIO).await;
+            let error = within(flush).await.unwrap().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Io);
+            conn.done(&on_its_way).await;
+        }
+        // With the failed flush it may have been answered before.
+        let written = within(writing).await.unwrap();
+        assert!(!loss || written.is_err());
+        for result in [
+            read(&client, 0, 512).await.map(drop),
+            write(&client, 0, &[1; 512], NONE).await,
+            within(client.flush()).await,
+            within(client.close()).await,
+        ] {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("opened anew"), "{error}");
+            assert!(error.contains("others write"), "{error}");
+        }
+        assert!(fake.is_left_alone().await, "it has connected again");
+    }
+}
+
 #[tokio::test]
 async fn the_journal_stays_within_its_bound_by_flushes_of_its_own() {
     const JOURNAL: u64 = 256 << 10;

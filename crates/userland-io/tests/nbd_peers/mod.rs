@@ -166,6 +166,14 @@ impl Fake {
         stream
     }
 
+    /// True if nobody connects for a while.
+    pub async fn is_left_alone(&self) -> bool {
+        let next = self.listener.accept();
+        tokio::time::timeout(Duration::from_millis(50), next)
+            .await
+            .is_err()
+    }
+
     /// Accepts one connection and grants it the export.
     pub async fn accept(&self) -> FakeConn {
         let mut stream = self.accept_raw().await;

@@ -54,6 +54,11 @@ pub(super) fn add(registry: Registry) -> Registry {
             .default("64M")
             .example("256M"),
         )
+        .key(Key::new(
+            "shared",
+            Kind::Flag,
+            "others write to the export, too: tell nothing twice, and end with a lost server or a failed flush",
+        ))
         .example("nbd://127.0.0.1/disk")
         .example("'nbd+unix:///?socket=/run/disk.sock',connections=4")
         // With TLS it cannot be had, and the client says so better than "no such scheme".
@@ -78,6 +83,7 @@ async fn open(options: crate::stack::Options) -> Result<crate::AnyEngine, crate:
         .timeout(options.need("timeout")?)
         .reconnect(options.need("reconnect")?)
         .journal(options.need("journal")?)
+        .shared(options.flag("shared"))
         .connect()
         .await
         .map_err(|error| match error {

@@ -81,6 +81,13 @@ use supervisor::{Plan, Session};
 ///
 /// A server that comes back with another size, other flags, block sizes or contexts is another disk: every request fails.
 /// Whether it is the same image otherwise cannot be told.
+///
+/// # Several writers
+///
+/// All this takes the client for the only one that writes. What it tells a server again would undo what another client
+/// has written to the same bytes since, and what others wrote and a server lost it does not even know. Where others write to the
+/// export, say [`ClientBuilder::shared`](Builder::shared): then nothing is told twice, and the loss of a connection, or a flush
+/// that fails, ends the client.
 #[derive(Debug)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -106,6 +113,7 @@ impl Client {
             timeout: Duration::from_secs(10),
             reconnect: Duration::from_secs(30),
             journal: 64 << 20,
+            shared: false,
         }
     }
 
@@ -152,6 +160,7 @@ pub struct Builder {
     timeout: Duration,
     reconnect: Duration,
     journal: u64,
+    shared: bool,
 }
 
 impl Builder {
@@ -176,6 +185,10 @@ impl Builder {
         (
             "journal",
             "bytes of unflushed mutations kept to tell them again to a server that was lost (default 64M; 0: none)",
+        ),
+        (
+            "shared",
+            "others write to the export, too: tell nothing twice, and end with a lost server or failed flush (true or false; default false)",
         ),
     ];
 
@@ -212,6 +225,14 @@ impl Builder {
         self
     }
 
+    /// Other clients write to the export, too. Then there is no journal, nothing is told twice, and once a connection is lost
+    /// or a flush has failed every request fails until the export is opened anew, since nobody can tell what is left of all that was
+    /// written. Default: false, which means that this client is the only writer.
+    pub fn shared(mut self, shared: bool) -> Self {
+        self.shared = shared;
+        self
+    }
+
     /// Sets an option by its name: one of [`KEYS`](Self::KEYS). Sizes take K, M, G.
     ///
     /// # Errors
@@ -233,6 +254,7 @@ impl Builder {
         Ok(match key {
             "connections" => self.connections(parsed(key, value, "a number from 1 to 64")?),
             "contexts" => self.all_contexts(parsed(key, value, "true or false")?),
+            "shared" => self.shared(parsed(key, value, "true or false")?),
             "timeout" => self.timeout(seconds()?),
             "reconnect" => self.reconnect(seconds()?),
             "journal" => {
@@ -275,10 +297,18 @@ impl Builder {
             connections: self.connections,
             timeout: self.timeout,
             reconnect: self.reconnect,
-            journal: self.journal,
+            journal: match self.shared {
+                true => 0,
+                false => self.journal,
+            },
         };
         let (export, streams) = plan.connect().await?;
-        let shared = Arc::new(Shared::new(plan.uri.to_string(), export, plan.journal));
+        let shared = Arc::new(Shared::new(
+            plan.uri.to_string(),
+            export,
+            plan.journal,
+            self.shared,
+        ));
         let session = Session::start(&shared, streams);
         shared.up(session.conns());
         let supervisor = tokio::spawn(supervisor::supervise(shared.clone(), plan, session));
@@ -319,13 +349,14 @@ mod tests {
             ("connections", "many", "a number from 1 to 64"),
             ("timeout", "-1", "seconds"),
             ("timeout", "soon", "seconds"),
+            ("shared", "yes", "true or false"),
             ("journal", "1X", "bytes, such as 64M"),
             ("journal", "99999999999999G", "bytes, such as 64M"),
             ("journal", "", "bytes, such as 64M"),
             (
                 "conections",
                 "4",
-                "connections, contexts, timeout, reconnect, journal",
+                "connections, contexts, timeout, reconnect, journal, shared",
             ),
         ] {
             let error = builder.clone().set(key, value).unwrap_err().to_string();

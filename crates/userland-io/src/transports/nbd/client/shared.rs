@@ -7,7 +7,7 @@
 //! * a completed mutation enters the journal before its caller hears of it;
 //! * what is sent again goes before all else: it may have acted, and been seen, at the server that was
 //!   lost, and the journal has put older bytes in its place;
-//! * a flush retires only what had ended when it began;
+//! * a flush retires only what had ended when it began, and nothing if another failed beside it;
 //! * what failed and may have acted stays as a read has shown it: see [`Doubts`];
 //! * what cannot be vouched for any more latches: see [`Phase::Failed`].
 
@@ -36,6 +36,8 @@ pub(super) struct Shared {
     /// Where, for messages.
     pub(super) address: String,
     pub(super) export: Export,
+    /// Not the only writer: see [`Builder::shared`](super::Builder::shared).
+    others_write: bool,
     budget: Arc<Budget>,
     state: Mutex<State>,
     /// Told when a mutation has ended.
@@ -95,10 +97,11 @@ pub(super) enum Phase {
 }
 
 impl Shared {
-    pub(super) fn new(address: String, export: Export, journal: u64) -> Self {
+    pub(super) fn new(address: String, export: Export, journal: u64, others_write: bool) -> Self {
         Shared {
             address,
             export,
+            others_write,
             budget: Budget::new(journal),
             state: Mutex::new(State {
                 phase: Phase::Down("not connected yet".to_owned()),
@@ -283,6 +286,7 @@ impl Shared {
             Ok(answer) => Ok(answer),
             Err(failure)
                 if failure.errno == error::ESHUTDOWN
+                    && !self.others_write
                     && op.origin != Origin::Replay
                     && op.count_try() < MAX_TRIES =>
             {
@@ -297,6 +301,11 @@ impl Shared {
         };
         if op.kind.is_mutation() || op.kind == Kind::Flush {
             let mut state = self.state();
+            if op.kind == Kind::Flush && result.is_ok() && state.flush_failed_beside() {
+                self.place(&mut state, op.clone());
+                drop(state);
+                return self.told_drained(conn);
+            }
             if op.kind == Kind::Flush
                 && let Err(error) = &result
             {
@@ -332,8 +341,7 @@ impl Shared {
             && ours
             && !conn.said_goodbye()
         {
-            tracing::warn!("{}: {}", self.address, loss.why);
-            state.phase = Phase::Down(loss.why.clone());
+            self.down(&mut state, loss.why.clone());
         }
         for op in ops {
             self.salvage(&mut state, op, loss);
@@ -374,15 +382,12 @@ impl Shared {
     /// Why the connections have to be made anew, if they have to; nothing is sent on them from then on.
     pub(super) fn trouble(&self) -> Option<String> {
         let mut state = self.state();
-        let renew = state.renew.take();
+        if let (Some(why), Phase::Up) = (state.renew.take(), &state.phase) {
+            self.down(&mut state, why);
+        }
         match &state.phase {
-            Phase::Up => {
-                let why = renew?;
-                state.phase = Phase::Down(why.clone());
-                Some(why)
-            }
             Phase::Down(why) | Phase::Overdue(why) => Some(why.clone()),
-            Phase::Failed(_) | Phase::Closed => None,
+            Phase::Up | Phase::Failed(_) | Phase::Closed => None,
         }
     }
 
@@ -578,6 +583,18 @@ impl Shared {
         self.place(state, Arc::new(op));
     }
 
+    /// The connections are lost, or of no use any more.
+    fn down(&self, state: &mut State, why: String) {
+        if self.others_write {
+            let why = format!(
+                "{why}; others write to it, too, and what is left of all that was written is unknown"
+            );
+            return self.latch(state, why);
+        }
+        tracing::warn!("{}: {why}", self.address);
+        state.phase = Phase::Down(why);
+    }
+
     fn renew(&self, state: &mut State, why: String) {
         if let Phase::Up = state.phase {
             tracing::warn!("{}: {why}", self.address);
@@ -645,6 +662,11 @@ impl State {
             in_flight.seen = true;
         }
         self.doubts.see(range);
+    }
+
+    /// True if a flush has failed in this session: one that was on its way with it covers nothing, whatever it says.
+    fn flush_failed_beside(&self) -> bool {
+        self.stuck.is_some() && (self.renew.is_some() || !matches!(self.phase, Phase::Up))
     }
 
     /// False for what has to wait for the mutations that are sent again.
