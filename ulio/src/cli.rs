@@ -281,7 +281,7 @@ Examples:
   ulio torture memory:64M
   ulio torture --claim prefix file:disk.img,size=1M offset:64K
   ulio torture --through nbd --connections 4 file:disk.img,size=1M
-  ulio torture --uri nbd://127.0.0.1:10809 --overwrite --minutes 10")]
+  ulio torture --uri nbd://127.0.0.1:10809 --overwrite --clients 4 --minutes 10")]
 pub(crate) struct Torture {
     /// The words of the stack, bottom first
     #[arg(value_name = "STACK", required_unless_present = "uri")]
@@ -323,7 +323,13 @@ pub(crate) struct Torture {
     #[arg(long, value_enum, conflicts_with = "uri")]
     pub(crate) through: Option<Through>,
 
-    /// How many connections to the server, where it can have several
+    /// How many clients of the server write to the disk
+    ///
+    /// One alone keeps what is not flushed, to tell it again after an error. Several tell nothing twice, and are opened anew.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count::<64>)]
+    pub(crate) clients: usize,
+
+    /// How many connections each client has, where the server can have several
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count::<64>)]
     pub(crate) connections: usize,
 

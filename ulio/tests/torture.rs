@@ -87,7 +87,7 @@ fn one_seed_is_run_alone() {
 #[test]
 fn crashes_are_judged_through_a_socket_too() {
     let ulio = Ulio::new();
-    let line = "torture --gentle --through nbd --connections 4 --seeds 40 file:x,size=64K";
+    let line = "torture --through nbd --clients 2 --connections 2 --seeds 40 file:x,size=64K";
     assert!(ulio.run(line).ok().contains("crashes"));
     let line = "torture --gentle --through nbd --claim sync --seeds 2000 memory:64K";
     let ran = ulio.run(line);
@@ -141,7 +141,7 @@ fn a_running_server_is_tortured_by_its_uri() {
     let listen = "nbd+unix:///?socket=s";
     let server = Server::start(&ulio, &format!("serve memory:200K --listen {listen}"), 1);
     let line = format!(
-        "torture --overwrite --seeds 10 --connections 4 --uri {}",
+        "torture --overwrite --seeds 10 --clients 4 --uri {}",
         server.uris[0]
     );
     let ran = ulio.run(&line);
@@ -160,6 +160,8 @@ fn what_contradicts_itself_is_a_usage_error() {
     let ulio = Ulio::new();
     ulio.run("torture memory:64K delay:1us --claim sync")
         .fails(2, &["only a simulated disk crashes"]);
+    ulio.run("torture memory:64K --connections 4")
+        .fails(2, &["say --through nbd, or --uri"]);
     assert_eq!(ulio.run("torture").code, Some(2));
     assert_eq!(ulio.run("torture memory:1K --seeds 5..5").code, Some(2));
     assert_eq!(

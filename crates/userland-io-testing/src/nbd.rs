@@ -9,13 +9,23 @@ use userland_io::{
     Result,
 };
 
-/// Serves `engine` as a device on a socket (Unix where there is one, else of this machine alone) and connects to it
-/// `connections` times: one client with the first half of them, which spreads its requests, and clients with one
-/// each. What survives is what `engine` claims, not the little that a client can know of that. Wants a tokio runtime with I/O and time. The server ends, and the engine is closed, when the last client is.
+/// Who connects to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clients {
+    /// How many clients. More than one share the export: what is written, others have written, too, so that each of them
+    /// tells the server nothing twice (see `ClientBuilder::shared`). One alone keeps a journal.
+    pub count: usize,
+    /// How many connections each of them has.
+    pub connections: usize,
+}
+
+/// Serves `engine` as a device on a socket (Unix where there is one, else of this machine alone) and connects to it. What survives
+/// is what `engine` claims, not the little that a client can know of that. Wants a tokio runtime with I/O and time. The server
+/// ends, and the engine is closed, when the last client is.
 ///
 /// # Errors
-/// If the device cannot be opened, the socket not be bound, or the client not connect.
-pub async fn through_nbd(engine: AnyEngine, connections: usize) -> Result<Vec<AnyEngine>> {
+/// If the device cannot be opened, the socket not be bound, or the clients not connect.
+pub async fn through_nbd(engine: AnyEngine, clients: Clients) -> Result<Vec<AnyEngine>> {
     let device = Device::open(engine).await?;
     let served = device.geometry();
     let (address, socket) = address();
@@ -26,7 +36,7 @@ pub async fn through_nbd(engine: AnyEngine, connections: usize) -> Result<Vec<An
         socket,
     });
     let mut fronts = Vec::new();
-    for client in clients(&uri, connections).await? {
+    for client in clients.connect(&uri).await? {
         let front = Front {
             client: Checked::new(client)?,
             served,
@@ -42,29 +52,26 @@ pub async fn through_nbd(engine: AnyEngine, connections: usize) -> Result<Vec<An
 ///
 /// # Errors
 /// If it cannot be connected to.
-pub async fn connect(uri: &str, connections: usize) -> Result<Vec<AnyEngine>> {
-    let clients = clients(uri, connections).await?;
+pub async fn connect(uri: &str, clients: Clients) -> Result<Vec<AnyEngine>> {
+    let clients = clients.connect(uri).await?;
     Ok(clients.into_iter().map(EngineExt::erase).collect())
 }
 
-/// The first spreads its requests over half of the connections, each other has one.
-async fn clients(uri: &str, connections: usize) -> Result<Vec<Client>> {
-    let spread = match connections {
-        0 | 1 => 1,
-        more => more / 2 + 1,
-    };
-    let mut clients = Vec::new();
-    for share in std::iter::once(spread).chain((spread..connections).map(|_| 1)) {
-        let connecting = Client::builder(uri).connections(share).connect();
-        let client = connecting.await;
-        let client = client.map_err(|error| Error::new(ErrorKind::Io, error))?;
-        let alone = client.connections() < share;
-        clients.push(client);
-        if alone {
-            break;
+impl Clients {
+    async fn connect(self, uri: &str) -> Result<Vec<Client>> {
+        let mut clients = Vec::new();
+        for _ in 0..self.count.max(1) {
+            let builder = Client::builder(uri).connections(self.connections);
+            let client = builder.shared(self.count > 1).connect().await;
+            let client = client.map_err(|error| Error::new(ErrorKind::Io, error))?;
+            let alone = !client.can_multi_conn();
+            clients.push(client);
+            if alone {
+                break;
+            }
         }
+        Ok(clients)
     }
-    Ok(clients)
 }
 
 fn address() -> (String, Option<std::path::PathBuf>) {

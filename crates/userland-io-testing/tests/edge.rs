@@ -87,7 +87,7 @@ fn bytes_reach_any_disk_and_survive_as_it_claims() {
 
 #[test]
 fn nothing_is_lost_by_errors_and_abandoned_futures() {
-    torture(500, 25, &Mix::hostile());
+    torture(500, 25, &Mix::default().hostile());
 }
 
 #[test]

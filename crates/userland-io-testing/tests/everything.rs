@@ -11,7 +11,7 @@ use userland_io::stack::Registry;
 use userland_io::{AnyEngine, CrashLevel, Error, ErrorKind, Result};
 use userland_io_testing::check::Clause;
 use userland_io_testing::live::{Live, Tokio, through_device};
-use userland_io_testing::nbd::through_nbd;
+use userland_io_testing::nbd::{Clients, through_nbd};
 use userland_io_testing::stack::simulate;
 use userland_io_testing::{Subject, Torture, conformance};
 
@@ -20,15 +20,17 @@ use userland_io_testing::{Subject, Torture, conformance};
 enum Way {
     Edge,
     Device,
-    Nbd(usize),
+    /// So many clients, so many connections each.
+    Nbd(usize, usize),
 }
 
-const WAYS: [Way; 5] = [
+const WAYS: [Way; 6] = [
     Way::Edge,
     Way::Device,
-    Way::Nbd(1),
-    Way::Nbd(4),
-    Way::Nbd(16),
+    Way::Nbd(1, 1),
+    Way::Nbd(1, 4),
+    Way::Nbd(4, 1),
+    Way::Nbd(2, 8),
 ];
 
 async fn open(words: &str) -> Result<AnyEngine> {
@@ -41,7 +43,7 @@ async fn fronts(words: &str, way: Way) -> Result<Vec<AnyEngine>> {
     match way {
         Way::Edge => Ok(vec![engine]),
         Way::Device => Ok(vec![through_device(engine).await?]),
-        Way::Nbd(connections) => through_nbd(engine, connections).await,
+        Way::Nbd(count, connections) => through_nbd(engine, Clients { count, connections }).await,
     }
 }
 
@@ -58,7 +60,7 @@ async fn check(words: &str, runs: u64) {
     for way in WAYS {
         let one = async || Ok(fronts(words, way).await?.remove(0));
         // Through NBD with many, the suite needs one of them only.
-        if !matches!(way, Way::Nbd(4 | 16)) {
+        if !matches!(way, Way::Nbd(4, _)) {
             let verdict = conformance::all(one).await;
             verdict.unwrap_or_else(|verdict| panic!("{words} by {way:?}: {verdict}"));
         }
@@ -175,9 +177,9 @@ fn crashes_behind_a_socket() {
     let plan = registry.parse("memory:64K offset:8K stats").unwrap();
     let simulation = simulate(&registry, &plan).unwrap();
     block_on(async {
-        for connections in [1, 4, 16] {
-            let subject =
-                simulation.subject_over(None, move |engine| through_nbd(engine, connections));
+        for (count, connections) in [(1, 1), (1, 4), (4, 1), (2, 8)] {
+            let clients = Clients { count, connections };
+            let subject = simulation.subject_over(None, move |engine| through_nbd(engine, clients));
             let report = Live::new(&subject, &Tokio).run(0..60, |_| true).await;
             let report = report.unwrap_or_else(|failure| panic!("{failure}"));
             assert!(report.crashes > 20, "{report}");
@@ -214,7 +216,12 @@ fn a_claim_that_is_too_strong_is_found() {
         let failure = Torture::new(&subject).seeds(0..1000).run().unwrap_err();
         assert_eq!(failure.verdict.clause, clause, "{failure}");
 
-        let subject = simulation.subject_over(Some(claim), |engine| through_nbd(engine, 4));
+        let clients = Clients {
+            count: 2,
+            connections: 2,
+        };
+        let subject =
+            simulation.subject_over(Some(claim), move |engine| through_nbd(engine, clients));
         let failure = block_on(Live::new(&subject, &Tokio).run(0..1000, |_| true)).unwrap_err();
         assert_eq!(failure.verdict.clause, clause, "{failure}");
     }

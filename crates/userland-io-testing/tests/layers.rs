@@ -8,7 +8,7 @@ use userland_io_testing::sim::DiskConfig;
 use userland_io_testing::{Subject, Torture};
 
 fn passes(subject: Subject) {
-    for mix in [Mix::default(), Mix::hostile()] {
+    for mix in [Mix::default(), Mix::default().hostile()] {
         if let Err(failure) = Torture::new(&subject).mix(mix).seeds(0..3_000).run() {
             panic!("{failure}");
         }

@@ -20,10 +20,10 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
+use crate::Script;
 use crate::check::Verdict;
 use crate::script::Mix;
 use crate::torture::{Failure, Report, Subject};
-use crate::{Script, script};
 
 use run::Session;
 
@@ -74,13 +74,12 @@ impl<'s, X: Executor> Live<'s, X> {
         let mix = Mix {
             clients: 8,
             ops: 60,
-            disks: subject.disks.len() as u8,
             ..Mix::default()
         };
         Live {
             subject,
             executor,
-            mix,
+            mix: mix.over(subject.disks.len()),
             errors: false,
             patience: Duration::from_secs(60),
             shrinking: Duration::from_secs(10),
@@ -97,9 +96,7 @@ impl<'s, X: Executor> Live<'s, X> {
     /// With abandoned futures and, where there are simulated disks, with their errors.
     #[must_use]
     pub fn hostile(mut self) -> Self {
-        let hostile = Mix::hostile();
-        self.mix.faults = hostile.faults;
-        self.mix.abandons = hostile.abandons;
+        self.mix = self.mix.hostile();
         self
     }
 
@@ -135,11 +132,7 @@ impl<'s, X: Executor> Live<'s, X> {
         mut go_on: impl FnMut(&Report) -> bool,
     ) -> Result<Report, Box<Failure>> {
         let start = Instant::now();
-        let mut report = Report {
-            runs: 0,
-            crashes: 0,
-            took: Duration::ZERO,
-        };
+        let mut report = Report::default();
         let mut session = None;
         for seed in seeds {
             let script = Script::random(seed, &self.mix);
@@ -162,7 +155,13 @@ impl<'s, X: Executor> Live<'s, X> {
                     seed: 0,
                     rounds: Vec::new(),
                 };
-                Err(self.failed(nothing.clone(), nothing, verdict, report))
+                Err(Failure::of(
+                    self.subject,
+                    nothing.clone(),
+                    nothing,
+                    verdict,
+                    report,
+                ))
             }
         }
     }
@@ -173,22 +172,18 @@ impl<'s, X: Executor> Live<'s, X> {
     /// That failure, as it was found.
     pub async fn replay(&self, script: &Script, times: u64) -> Result<Report, Box<Failure>> {
         let start = Instant::now();
-        let mut report = Report {
-            runs: 0,
-            crashes: 0,
-            took: Duration::ZERO,
-        };
+        let mut report = Report::default();
         let mut session = None;
         for _ in 0..times {
             let verdict = self.script(&mut session, script, &mut report.crashes).await;
             report.took = start.elapsed();
             if let Err(verdict) = verdict {
-                return Err(self.failed(script.clone(), script.clone(), verdict, report));
+                return Err(self.replayed(script, verdict, report));
             }
             report.runs += 1;
         }
         let ended = self.end(session).await;
-        ended.map_err(|verdict| self.failed(script.clone(), script.clone(), verdict, report))?;
+        ended.map_err(|verdict| self.replayed(script, verdict, report))?;
         Ok(report)
     }
 
@@ -219,24 +214,26 @@ impl<'s, X: Executor> Live<'s, X> {
         }
     }
 
-    async fn failure(&self, found: Script, verdict: Verdict, before: Report) -> Box<Failure> {
-        let (script, verdict) = shrink::shrink(self, &found, verdict).await;
-        self.failed(found, script, verdict, before)
+    /// How often a read that must succeed is tried.
+    fn tries(&self) -> u32 {
+        match self.errors {
+            true => 1000,
+            false => 1,
+        }
     }
 
-    fn failed(
-        &self,
-        found: script::Script,
-        script: script::Script,
-        verdict: Verdict,
-        before: Report,
-    ) -> Box<Failure> {
-        Box::new(Failure {
-            subject: self.subject.name().to_owned(),
-            found,
-            script,
+    async fn failure(&self, found: Script, verdict: Verdict, before: Report) -> Box<Failure> {
+        let (script, verdict) = shrink::shrink(self, &found, verdict).await;
+        Failure::of(self.subject, found, script, verdict, before)
+    }
+
+    fn replayed(&self, script: &Script, verdict: Verdict, before: Report) -> Box<Failure> {
+        Failure::of(
+            self.subject,
+            script.clone(),
+            script.clone(),
             verdict,
             before,
-        })
+        )
     }
 }

@@ -197,12 +197,8 @@ impl Session {
                         return Err(verdict);
                     }
                     Err(_) => {
-                        // It promised nothing: who opens it again has as much as if the process had died.
                         history.end(id, &Err(ErrorKind::Io.into()));
-                        let left = self.disks.iter().map(|disk| killed(disk, survives));
-                        return self
-                            .recover(live, window, history, left.collect(), survives)
-                            .await;
+                        return self.start_over(live, window, history).await;
                     }
                 }
                 self.disks = self.disks.iter().map(SimDisk::reopen).collect();
@@ -211,11 +207,46 @@ impl Session {
                 self.look(live, window, &mut history).await?;
                 history.check_live().map(|()| history)
             }
+            _ if live.subject.ends_on_errors
+                && (live.errors || round.fault.is_some())
+                && self.has_ended(live, window).await =>
+            {
+                let _ = self.close().await;
+                self.start_over(live, window, history).await
+            }
             _ => {
                 self.look(live, window, &mut history).await?;
                 history.check_live().map(|()| history)
             }
         }
+    }
+
+    /// True if one of the fronts answers nothing any more.
+    async fn has_ended<X: Executor>(&self, live: &Live<'_, X>, window: Window) -> bool {
+        let len = window.shape.bytes(0..1).len();
+        for front in &self.fronts {
+            let mut tries = live.tries();
+            while tries > 0 && read(front, window.base, len).await.is_err() {
+                tries -= 1;
+            }
+            if tries == 0 {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Opens anew what could not be closed. It promised nothing, so there is as much as if the process had died.
+    async fn start_over<X: Executor>(
+        &mut self,
+        live: &Live<'_, X>,
+        window: Window,
+        history: History,
+    ) -> Result<History, Verdict> {
+        let survives = self.geometry.features.contains(Features::SURVIVES_KILL);
+        let left = self.disks.iter().map(|disk| killed(disk, survives));
+        let left = left.collect();
+        self.recover(live, window, history, left, survives).await
     }
 
     /// True if what is written is still there when the disk is opened again.
@@ -390,7 +421,7 @@ impl Session {
         let broken = |what: String| Verdict::new(Clause::Operation, what);
         let front = &self.fronts[fastrand::usize(..self.fronts.len())];
         let (base, len) = (window.base, window.shape.len);
-        let mut tries = if live.errors { 1000 } else { 1 };
+        let mut tries = live.tries();
         loop {
             tries -= 1;
             match read(front, base, len).await {

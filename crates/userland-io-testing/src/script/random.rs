@@ -51,13 +51,18 @@ impl Default for Mix {
 }
 
 impl Mix {
-    /// Everything that can go wrong, does.
-    pub fn hostile() -> Self {
-        Mix {
-            faults: 2,
-            abandons: 8,
-            ..Mix::default()
-        }
+    /// The same with errors of the disks below and with abandoned futures.
+    #[must_use]
+    pub fn hostile(mut self) -> Self {
+        self.faults = 2;
+        self.abandons = 8;
+        self
+    }
+
+    /// The same for so many disks below.
+    pub(crate) fn over(mut self, disks: usize) -> Self {
+        self.disks = disks as u8;
+        self
     }
 }
 

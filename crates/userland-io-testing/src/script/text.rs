@@ -252,7 +252,7 @@ mod tests {
         let mix = Mix {
             forgets: true,
             disks: 2,
-            ..Mix::hostile()
+            ..Mix::default().hostile()
         };
         for seed in 0..500 {
             let script = Script::random(seed, &mix);

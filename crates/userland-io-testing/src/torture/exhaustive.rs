@@ -8,7 +8,7 @@ use crate::Script;
 use crate::check::Verdict;
 use crate::script::{End, Fault, Mix, Round};
 use crate::sim::{Keep, SimDisk};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use userland_io::ErrorKind;
 
 /// What is tried exhaustively.
@@ -49,11 +49,7 @@ impl Default for Scope {
 /// The first that is not legal. The script says the event and, where one disk is below, the number of the image.
 pub fn exhaustive(subject: &Subject, scope: &Scope) -> Result<Report, Box<Failure>> {
     let start = Instant::now();
-    let mut report = Report {
-        runs: 0,
-        crashes: 0,
-        took: Duration::ZERO,
-    };
+    let mut report = Report::default();
     for seed in scope.seeds.clone() {
         let mut script = Script::random(seed, &scope.mix);
         script.rounds.truncate(1);
@@ -69,13 +65,8 @@ pub fn exhaustive(subject: &Subject, scope: &Scope) -> Result<Report, Box<Failur
         report.crashes += search.crashes;
         report.took = start.elapsed();
         if let Err(verdict) = result {
-            return Err(Box::new(Failure {
-                subject: subject.name.clone(),
-                found: search.script.clone(),
-                script: search.script,
-                verdict,
-                before: report,
-            }));
+            let found = search.script.clone();
+            return Err(Failure::of(subject, found, search.script, verdict, report));
         }
     }
     Ok(report)

@@ -36,7 +36,7 @@ pub struct Torture<'s> {
 }
 
 /// What was done, and found to be in order.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Report {
     /// Scripts run.
     pub runs: u64,
@@ -64,13 +64,9 @@ pub struct Failure {
 impl<'s> Torture<'s> {
     /// Everything but errors from below and abandoned futures, seeds 0 to 1000.
     pub fn new(subject: &'s Subject) -> Self {
-        let mix = Mix {
-            disks: subject.disks.len() as u8,
-            ..Mix::default()
-        };
         Torture {
             subject,
-            mix,
+            mix: Mix::default().over(subject.disks.len()),
             seeds: 0..1000,
             shrink: true,
         }
@@ -93,9 +89,7 @@ impl<'s> Torture<'s> {
     /// With errors of the disks below and with abandoned futures.
     #[must_use]
     pub fn hostile(mut self) -> Self {
-        let hostile = Mix::hostile();
-        self.mix.faults = hostile.faults;
-        self.mix.abandons = hostile.abandons;
+        self.mix = self.mix.hostile();
         self
     }
 
@@ -120,11 +114,7 @@ impl<'s> Torture<'s> {
     /// That failure, shrunk.
     pub fn run(&self) -> Result<Report, Box<Failure>> {
         let start = Instant::now();
-        let mut report = Report {
-            runs: 0,
-            crashes: 0,
-            took: Duration::ZERO,
-        };
+        let mut report = Report::default();
         for seed in self.seeds.clone() {
             let script = Script::random(seed, &self.mix);
             let outcome = run::run(self.subject, &script);
@@ -135,13 +125,7 @@ impl<'s> Torture<'s> {
                     true => shrink::shrink(self.subject, &script, verdict),
                     false => (script.clone(), verdict),
                 };
-                return Err(Box::new(Failure {
-                    subject: self.subject.name.clone(),
-                    found: script,
-                    script: small,
-                    verdict,
-                    before: report,
-                }));
+                return Err(Failure::of(self.subject, script, small, verdict, report));
             }
             report.runs += 1;
         }
@@ -162,19 +146,31 @@ pub fn replay(subject: &Subject, script: &str) -> Result<(), Box<Failure>> {
         Err(error) => panic!("{error}"),
     };
     let outcome = run::run(subject, &script);
-    outcome.verdict.map_err(|verdict| {
+    let report = Report {
+        crashes: outcome.crashes,
+        ..Report::default()
+    };
+    outcome
+        .verdict
+        .map_err(|verdict| Failure::of(subject, script.clone(), script, verdict, report))
+}
+
+impl Failure {
+    pub(crate) fn of(
+        subject: &Subject,
+        found: Script,
+        script: Script,
+        verdict: Verdict,
+        before: Report,
+    ) -> Box<Self> {
         Box::new(Failure {
             subject: subject.name.clone(),
-            found: script.clone(),
+            found,
             script,
             verdict,
-            before: Report {
-                runs: 0,
-                crashes: outcome.crashes,
-                took: Duration::ZERO,
-            },
+            before,
         })
-    })
+    }
 }
 
 impl Report {

@@ -19,6 +19,7 @@ pub struct Subject {
     pub(crate) disks: Vec<DiskConfig>,
     pub(crate) open: Box<dyn Fn(Vec<SimDisk>) -> Opening + Send + Sync>,
     pub(crate) cell: Option<usize>,
+    pub(crate) ends_on_errors: bool,
 }
 
 impl Subject {
@@ -58,7 +59,16 @@ impl Subject {
                 })
             }),
             cell: None,
+            ends_on_errors: false,
         }
+    }
+
+    /// After an error from below its engines may refuse everything, reads too, until they are opened anew. That is then done, as after
+    /// the end of their process. Only the [`live`](crate::live) checks know such engines.
+    #[must_use]
+    pub fn ends_on_errors(mut self) -> Self {
+        self.ends_on_errors = true;
+        self
     }
 
     /// Works in blocks of `bytes` instead of the logical block size. Smaller: the edge must read, modify and write.
@@ -79,6 +89,11 @@ impl Subject {
     /// What opening answers.
     pub async fn open_real(&self) -> Result<Vec<Checked<AnyEngine>>> {
         (self.open)(Vec::new()).await
+    }
+
+    /// True if it stands on no simulated disk.
+    pub fn is_real(&self) -> bool {
+        self.disks.is_empty()
     }
 
     /// Its name.

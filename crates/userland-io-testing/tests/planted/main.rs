@@ -131,7 +131,7 @@ fn mix(vehicle: Vehicle, bug: Bug) -> Mix {
     );
     let mut mix = match simple {
         true => Mix::default(),
-        false => Mix::hostile(),
+        false => Mix::default().hostile(),
     };
     mix.blocks = 10;
     mix.rounds = 3;

@@ -3,9 +3,10 @@
 use std::time::Instant;
 
 use userland_io::stack::Plan;
+use userland_io::transports::nbd::Client;
 use userland_io::{AnyEngine, Error, ErrorKind};
 use userland_io_testing::live::{Live, Tokio, through_device};
-use userland_io_testing::nbd::{connect, through_nbd};
+use userland_io_testing::nbd::{Clients, connect, through_nbd};
 use userland_io_testing::script::Mix;
 use userland_io_testing::stack::Simulation;
 use userland_io_testing::{Report, Subject, conformance};
@@ -26,9 +27,10 @@ pub(super) async fn served(
     arguments: &Torture,
     signals: &mut Signals,
 ) -> Result<(), Failure> {
-    let connections = arguments.connections;
+    let clients = clients(arguments);
     let claim = arguments.claim.map(Into::into);
-    let subject = simulation.subject_over(claim, move |engine| through_nbd(engine, connections));
+    let subject = simulation.subject_over(claim, move |engine| through_nbd(engine, clients));
+    let subject = shared(subject, clients);
     let name = subject.name().to_owned();
     scripts(&subject, name, false, arguments, signals).await
 }
@@ -41,26 +43,42 @@ pub(super) async fn real(
 ) -> Result<(), Failure> {
     let name = plan.to_string();
     let fails = plan.options().any(|word| word.entry().name == "fault");
-    let (through, connections) = (arguments.through, arguments.connections);
+    let (through, clients) = (arguments.through, clients(arguments));
     // What is wrong with the words, or the disk, is said as everywhere else.
     let engine = crate::stacks::open(&plan).await?;
     crate::stacks::close(engine, &name).await?;
     let subject = Subject::over(name.clone(), Vec::new(), move |_| {
         let plan = plan.clone();
-        async move { fronts(&plan, through, connections).await }
+        async move { fronts(&plan, through, clients).await }
     });
+    let subject = shared(subject, clients);
     suite_then_scripts(&subject, name, fails, arguments, signals).await
+}
+
+fn clients(arguments: &Torture) -> Clients {
+    Clients {
+        count: arguments.clients,
+        connections: arguments.connections,
+    }
+}
+
+/// Clients that share a disk give up at an error.
+fn shared(subject: Subject, clients: Clients) -> Subject {
+    match clients.count {
+        1 => subject,
+        _ => subject.ends_on_errors(),
+    }
 }
 
 async fn fronts(
     plan: &Plan,
     through: Option<Through>,
-    connections: usize,
+    clients: Clients,
 ) -> userland_io::Result<Vec<AnyEngine>> {
     let opened = plan.open().await;
     let engine = opened.map_err(|error| Error::new(ErrorKind::Io, error))?;
     match through {
-        Some(Through::Nbd) => through_nbd(engine, connections).await,
+        Some(Through::Nbd) => through_nbd(engine, clients).await,
         None => Ok(vec![through_device(engine).await?]),
     }
 }
@@ -68,21 +86,22 @@ async fn fronts(
 /// Somebody else's server.
 pub(super) async fn somebodys(arguments: &Torture, signals: &mut Signals) -> Result<(), Failure> {
     let uri = arguments.uri.clone().unwrap_or_default();
-    let connections = arguments.connections;
-    let found = connect(&uri, connections).await;
-    let clients = found.map_err(|error| Failure::of(&uri, error))?;
-    if connections > 1 && clients.len() == 1 && connections > 2 {
+    let clients = clients(arguments);
+    let several = clients.count * clients.connections > 1;
+    // What is wrong with the address, or the server, is said as everywhere else.
+    let client = Client::connect(&uri).await;
+    let client = client.map_err(|error| Failure::Failed(error.to_string()))?;
+    if several && !client.can_multi_conn() {
         note("the server does not say that several connections are one disk: there is one");
     }
-    for client in clients {
-        let closed = userland_io::Engine::close(&client).await;
-        closed.map_err(|error| Failure::of(&uri, error))?;
-    }
+    let closed = userland_io::Engine::close(&client).await;
+    closed.map_err(|error| Failure::of(&uri, error))?;
     let address = uri.clone();
     let subject = Subject::over(uri.clone(), Vec::new(), move |_| {
         let uri = address.clone();
-        async move { connect(&uri, connections).await }
+        async move { connect(&uri, clients).await }
     });
+    let subject = shared(subject, clients);
     suite_then_scripts(&subject, uri, false, arguments, signals).await
 }
 
@@ -99,6 +118,7 @@ async fn suite_then_scripts(
             arguments,
             name: name.clone(),
             live: true,
+            simulated: false,
         };
         let open = async || {
             let mut fronts = subject.open_real().await?;
@@ -125,16 +145,16 @@ async fn scripts(
         arguments,
         name,
         live: true,
+        simulated: !subject.is_real(),
     };
     let mut live = Live::new(subject, &Tokio);
     if !arguments.gentle {
-        live = live.mix(Mix {
-            abandons: 8,
-            faults: Mix::hostile().faults,
+        let mix = Mix {
             clients: 16,
             ops: 80,
             ..Mix::default()
-        });
+        };
+        live = live.mix(mix.hostile());
     }
     if fails {
         live = live.errors_allowed();

@@ -16,6 +16,13 @@ use crate::signals::Signals;
 
 pub(crate) async fn run(arguments: Torture, registry: &Registry) -> Result<(), Failure> {
     let mut signals = Signals::listen()?;
+    if arguments.clients * arguments.connections > 1
+        && arguments.uri.is_none()
+        && arguments.through.is_none()
+    {
+        let text = "--clients and --connections are those of a server: say --through nbd, or --uri";
+        return Err(Failure::Usage(text.to_owned()));
+    }
     let Some(plan) = stack(&arguments, registry)? else {
         return live::somebodys(&arguments, &mut signals).await;
     };

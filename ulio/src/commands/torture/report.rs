@@ -12,8 +12,10 @@ pub(super) struct Told<'a> {
     pub(super) arguments: &'a Torture,
     /// The stack's words, or the URI.
     pub(super) name: String,
-    /// A real disk: chance decides whether a script fails again.
+    /// A real executor: chance decides whether a script fails again.
     pub(super) live: bool,
+    /// A simulated disk is below.
+    pub(super) simulated: bool,
 }
 
 /// The runs in a line.
@@ -99,7 +101,14 @@ impl Told<'_> {
             }
         };
         let name = format!("{:?}", self.name);
-        let connections = self.arguments.connections;
+        let Torture {
+            clients,
+            connections,
+            ..
+        } = self.arguments;
+        let clients = format!(
+            "userland_io_testing::nbd::Clients {{ count: {clients}, connections: {connections} }}"
+        );
         let words = format!(
             "    let registry = userland_io::stack::Registry::builtin();\n    \
              let plan = registry.parse({name}).unwrap();\n    \
@@ -112,26 +121,37 @@ impl Told<'_> {
                  userland_io_testing::torture::replay(&subject, \"{script}\").unwrap();\n}}\n"
             );
         }
-        let way = format!("userland_io_testing::nbd::through_nbd(engine, {connections})");
+        let way = format!("userland_io_testing::nbd::through_nbd(engine, {clients})");
         let subject = match (&self.arguments.uri, self.arguments.through) {
             (Some(_), _) => format!(
                 "    let subject = userland_io_testing::Subject::over({name}, vec![], |_| {{\n        \
-                 userland_io_testing::nbd::connect({name}, {connections})\n    }});\n"
+                 userland_io_testing::nbd::connect({name}, {clients})\n    }});\n"
             ),
-            (None, Some(Through::Nbd)) if !self.arguments.real => {
+            (None, Some(Through::Nbd)) if self.simulated => {
                 format!(
                     "{words}    let subject = simulation.subject_over({claim}, |engine| {way});\n"
                 )
             }
-            _ => format!(
-                "    let subject = userland_io_testing::Subject::over({name}, vec![], |_| async {{\n        \
-                 let engine = userland_io::stack::Registry::builtin().open({name}).await.unwrap();\n        \
-                 Ok(vec![userland_io_testing::live::through_device(engine).await?])\n    }});\n"
-            ),
+            (None, through) => {
+                let fronts = match through {
+                    Some(Through::Nbd) => format!("{way}.await"),
+                    None => "Ok(vec![userland_io_testing::live::through_device(engine).await?])"
+                        .to_owned(),
+                };
+                format!(
+                    "    let subject = userland_io_testing::Subject::over({name}, vec![], |_| async {{\n        \
+                     let engine = userland_io::stack::Registry::builtin().open({name}).await.unwrap();\n        \
+                     {fronts}\n    }});\n"
+                )
+            }
+        };
+        let ends = match self.arguments.clients {
+            1 => "",
+            _ => "    let subject = subject.ends_on_errors();\n",
         };
         format!(
             "#[tokio::test(flavor = \"multi_thread\")]\nasync fn seed_{seed}() {{\n    \
-             use userland_io_testing::live::{{Live, Tokio}};\n{subject}    \
+             use userland_io_testing::live::{{Live, Tokio}};\n{subject}{ends}    \
              let script = \"{script}\".parse().unwrap();\n    \
              Live::new(&subject, &Tokio).replay(&script, 1000).await.unwrap();\n}}\n"
         )
@@ -146,8 +166,13 @@ impl Told<'_> {
         if arguments.through.is_some() {
             text.push_str(" --through nbd");
         }
-        if arguments.connections > 1 {
-            text.push_str(&format!(" --connections {}", arguments.connections));
+        for (flag, number) in [
+            ("clients", arguments.clients),
+            ("connections", arguments.connections),
+        ] {
+            if number > 1 {
+                text.push_str(&format!(" --{flag} {number}"));
+            }
         }
         for (given, flag) in [
             (arguments.real, " --real"),

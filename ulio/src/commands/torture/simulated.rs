@@ -36,6 +36,7 @@ pub(super) async fn run(
         arguments,
         name: subject.name().to_owned(),
         live: false,
+        simulated: true,
     };
     let began = Instant::now();
     let mut total = Report {

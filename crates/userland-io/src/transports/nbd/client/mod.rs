@@ -28,6 +28,7 @@ pub use error::ConnectError;
 pub use handshake::ListedExport;
 
 use super::Uri;
+use super::wire::TransmissionFlags;
 use shared::Shared;
 use supervisor::{Plan, Session};
 
@@ -129,6 +130,11 @@ impl Client {
     /// How many connections there are: one, unless more were asked for and the server has `CAN_MULTI_CONN`.
     pub fn connections(&self) -> usize {
         self.shared.connections()
+    }
+
+    /// True if the server says that a flush on one connection covers what came by all others (`CAN_MULTI_CONN`).
+    pub fn can_multi_conn(&self) -> bool {
+        self.shared.export.has(TransmissionFlags::CAN_MULTI_CONN)
     }
 
     /// Says goodbye to the server once nothing is on its way any more.
