@@ -43,6 +43,9 @@ pub(super) async fn start<E: Engine>(
     if let Some(depth) = settings.depth {
         target = target.depth(depth);
     }
+    if let Some(timeout) = settings.timeout {
+        target = target.timeout(timeout);
+    }
     let block = target.connect().await.map_err(system)?;
     Ok(Box::new(Connected(block)))
 }

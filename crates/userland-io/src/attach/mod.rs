@@ -33,6 +33,7 @@ mod way;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -130,6 +131,14 @@ impl<E: Engine> Builder<E> {
     /// How many requests each queue has in flight at most. If left out: what suits the way.
     pub fn depth(mut self, depth: u16) -> Self {
         self.settings.depth = Some(depth);
+        self
+    }
+
+    /// How long the kernel waits for the disk to answer a request, and then for a server that is gone to come back,
+    /// before it fails what is asked of the device; in whole seconds, at least one. So when this process dies, nothing hangs
+    /// for longer than twice this. Only the kernel's NBD client has such a limit. If left out: 45 s.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.settings.timeout = Some(timeout);
         self
     }
 

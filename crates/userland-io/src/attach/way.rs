@@ -15,6 +15,7 @@ use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::time::Duration;
 
 use super::record::Record;
 use super::{PassedOver, Via, fuse, kernel_nbd, ublk};
@@ -31,6 +32,7 @@ pub(super) struct Settings {
     pub(super) read_only: bool,
     pub(super) queues: Option<u16>,
     pub(super) depth: Option<u16>,
+    pub(super) timeout: Option<Duration>,
     pub(super) recoverable: bool,
     pub(super) resume: Option<PathBuf>,
     pub(super) label: String,

@@ -111,6 +111,13 @@ impl Control {
         self.reconfigure(of, asked)
     }
 
+    /// Gives the device `sockets` in place of connections that are lost.
+    pub(super) fn reconnect<S: AsFd>(&mut self, of: &Identity, sockets: &[S]) -> Result<(), Error> {
+        let mut asked = Attributes::default();
+        asked.nest(attribute::SOCKETS, &list(sockets));
+        self.reconfigure(of, asked)
+    }
+
     /// Has the driver forget the device once it is disconnected.
     pub(super) fn destroy_on_disconnect(&mut self, of: &Identity) -> Result<(), Error> {
         let mut asked = Attributes::default();
@@ -189,6 +196,13 @@ pub(super) fn indexes() -> Vec<u32> {
             .ok()
     };
     entries.filter_map(index).collect()
+}
+
+pub(super) fn has_partitions(index: u32) -> bool {
+    let entries = fs::read_dir(directory(index)).into_iter().flatten();
+    entries
+        .flatten()
+        .any(|entry| entry.path().join("partition").exists())
 }
 
 /// In bytes.

@@ -9,6 +9,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
@@ -18,7 +19,7 @@ use rustix::fs::FileType;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 
-use super::connections::{self, Connections, End};
+use super::connections::{Connections, End};
 use super::control::{self, Control, Identity, Wanted};
 use super::error::Error;
 use crate::transports::nbd::limits::Environment;
@@ -140,7 +141,7 @@ type Answer = oneshot::Sender<Result<(), Error>>;
 /// What a device's thread is told.
 enum Message {
     /// By a connection's thread, as its last word.
-    Ended(End),
+    Ended { place: usize, end: End },
     /// The disk has another size.
     Resize { size: u64, answer: Answer },
     /// End.
@@ -213,6 +214,7 @@ struct Life<E: Engine> {
     block_size: u32,
     size: u64,
     connections: Connections,
+    to: mpsc::Sender<Message>,
     from: mpsc::Receiver<Message>,
 }
 
@@ -232,7 +234,12 @@ impl<E: Engine> Life<E> {
             )));
         }
         let mut control = Control::open()?;
-        let (connections, far) = connect(&order, &to)?;
+        let mut connections = Connections::new(order.connections)?;
+        let places = 0..order.connections;
+        let far: Result<Vec<_>, Error> = places
+            .map(|place| open(&mut connections, place, &order, &to))
+            .collect();
+        let far = far?;
         let before = control::indexes();
         let wanted = Wanted {
             index: None,
@@ -259,6 +266,7 @@ impl<E: Engine> Life<E> {
             block_size,
             size,
             connections,
+            to,
             from,
         };
         life.settle(before.contains(&index))
@@ -295,8 +303,8 @@ impl<E: Engine> Life<E> {
                 return (None, None);
             };
             match message {
-                Message::Ended(end) => {
-                    if let Some(why) = self.ended(end) {
+                Message::Ended { place, end } => {
+                    if let Some(why) = self.ended(place, end) {
                         return (None, Some(why));
                     }
                 }
@@ -318,11 +326,21 @@ impl<E: Engine> Life<E> {
     }
 
     /// A connection has ended. Answers why the device has, if it has.
-    fn ended(&mut self, end: End) -> Option<String> {
-        match end {
-            End::Left => Some("somebody has disconnected it".to_owned()),
-            End::Lost => Some("the kernel has hung up".to_owned()),
+    fn ended(&mut self, place: usize, end: End) -> Option<String> {
+        if end == End::Left {
+            return Some("somebody has disconnected it".to_owned());
         }
+        tracing::warn!(
+            device = %control::node(self.identity.index).display(),
+            connection = place,
+            "the kernel has given up waiting for an answer: connecting anew, now that the disk has answered"
+        );
+        self.connections.close(place);
+        let far = open(&mut self.connections, place, &self.order, &self.to);
+        let again = far.and_then(|far| self.control.reconnect(&self.identity, &[far]));
+        again
+            .err()
+            .map(|error| format!("the kernel has hung up, and takes no new connection: {error}"))
     }
 
     fn resize(&mut self, size: u64) -> Result<(), Error> {
@@ -341,55 +359,69 @@ impl<E: Engine> Life<E> {
     fn end(&mut self, is_gone: bool) -> Result<(), Error> {
         let taken = match is_gone && !self.identity.is_connected() {
             true => Ok(()),
-            false => take_down(&mut self.control, &self.identity),
+            false => take_down(&mut self.control, &self.identity, Written::All),
         };
-        // The connections have receivers as long as their threads run.
+        // Without a receiver there are no threads any more.
         let _ = self.order.stop.send(true);
-        self.connections.hang_up();
-        self.connections.join();
+        self.connections.end();
         taken
     }
 }
 
-/// Makes connections for a device, and gives their far ends.
-fn connect<E: Engine>(
+/// Makes the connection at `place`, and gives its far end.
+fn open<E: Engine>(
+    connections: &mut Connections,
+    place: usize,
     order: &Order<E>,
     to: &mpsc::Sender<Message>,
-) -> Result<(Connections, Vec<std::os::unix::net::UnixStream>), Error> {
+) -> Result<UnixStream, Error> {
     let to = to.clone();
-    connections::start(
-        order.connections,
-        &order.device,
-        &order.session,
-        &order.environment,
-        &order.runtime,
-        move |end| {
-            // The device's thread may have ended before its connections did.
-            let _ = to.send(Message::Ended(end));
-        },
-    )
+    connections.open(place, order, move |end| {
+        // The device's thread may have ended before its connections did.
+        let _ = to.send(Message::Ended { place, end });
+    })
+}
+
+/// What becomes of that in the page cache which is not yet written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Written {
+    All,
+    /// Nobody is there to take it.
+    Nothing,
 }
 
 /// Disconnects the device, and waits until nothing is left of it.
-pub(super) fn take_down(control: &mut Control, device: &Identity) -> Result<(), Error> {
+pub(super) fn take_down(
+    control: &mut Control,
+    device: &Identity,
+    written: Written,
+) -> Result<(), Error> {
     let index = device.index;
     // Nobody else claims it from here on, if nobody has.
     let claimed = claim(index);
     let written = match &claimed {
-        Ok(file) => file.sync_all(),
-        Err(_) => Ok(()),
+        Ok(file) if written == Written::All => file.sync_all(),
+        _ => Ok(()),
     };
     control.disconnect(index)?;
     drop(claimed);
     let until = Instant::now() + FORGETTING;
-    let is_left = || device.is_connected();
-    while is_left() && Instant::now() < until {
+    while device.is_connected() && Instant::now() < until {
         thread::sleep(STEP);
     }
-    if is_left() {
+    if device.is_connected() {
         tracing::warn!("nbd{index} stays taken until whoever has it open closes it");
     }
-    written.map_err(Error::io(format!("the last writes to /dev/nbd{index}")))
+    let node = control::node(index);
+    match control::has_partitions(index) {
+        // The driver forgets them when it is opened next.
+        true => drop(File::open(&node)),
+        false if !control::directory(index).exists() => {
+            let _ = node::forget(&node);
+        }
+        false => {}
+    }
+    written.map_err(Error::io(format!("the last writes to {}", node.display())))
 }
 
 /// Claims the device, unless somebody has.

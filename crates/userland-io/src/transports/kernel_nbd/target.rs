@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
+use super::connections::MOST;
 use super::control::{Control, Identity};
 use super::error::Error;
-use super::life::{self, BlockDevice, Order};
+use super::life::{self, BlockDevice, Order, Written};
 use crate::transports::nbd::export::{block_sizes, transmission_flags};
 use crate::transports::nbd::limits::{Budget, Chairs, Environment, Limits, Shutdown};
 use crate::transports::nbd::session::{ReplyMode, Session};
@@ -47,7 +48,7 @@ impl<E: Engine> Target<E> {
 
     /// How many connections, each with a thread of its own: 1 to 64.
     pub fn connections(mut self, connections: u16) -> Self {
-        self.connections = connections.clamp(1, 64);
+        self.connections = connections.clamp(1, MOST as u16);
         self
     }
 
@@ -139,7 +140,7 @@ pub fn available() -> Result<(), Error> {
 /// As the driver says.
 pub fn remove(device: &Identity) -> Result<(), Error> {
     match device.is_connected() {
-        true => life::take_down(&mut Control::open()?, device),
+        true => life::take_down(&mut Control::open()?, device, Written::Nothing),
         false => Ok(()),
     }
 }
