@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::{Holder, Via};
 use crate::Error;
+use crate::transports::nbd::ConnectError;
 
 /// A way that was not taken, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +35,9 @@ pub enum AttachError {
     /// What was asked for contradicts the disk or itself.
     #[error("{0}")]
     Refused(String),
+    /// The NBD server whose export was to be attached cannot be had.
+    #[error(transparent)]
+    Connect(ConnectError),
     /// No way works here, or not the one that was asked for.
     #[error("this disk cannot be attached here: {}", Reasons(.0))]
     NoWay(Vec<PassedOver>),

@@ -8,7 +8,8 @@ use tokio::runtime::Handle;
 use super::module;
 use super::record::Record;
 use super::way::{Pending, Running, Settings, Stuck};
-use crate::transports::kernel_nbd::{self, BlockDevice, Error, Identity, Target};
+pub(super) use crate::transports::kernel_nbd::Error;
+use crate::transports::kernel_nbd::{self, BlockDevice, Identity, Remote, Target};
 use crate::{Device, Engine};
 
 /// The driver's module.
@@ -17,6 +18,8 @@ const MODULE: &str = "nbd";
 const INDEX: &str = "index";
 const IDENTIFIER: &str = "identifier";
 const THREAD: &str = "thread";
+/// The server's URI, if the kernel talks to somebody else's.
+pub(super) const SERVER: &str = "server";
 
 pub(super) fn probe(settings: &Settings) -> Result<(), String> {
     if settings.recoverable || settings.resume.is_some() {
@@ -35,7 +38,7 @@ pub(super) async fn start<E: Engine>(
     record: &Record,
 ) -> io::Result<Box<dyn Running>> {
     let mut target = Target::new(device)
-        .identifier(format!("userland-io {} {}", record.id, record.started))
+        .identifier(identifier(record))
         .runtime(Handle::current());
     if let Some(queues) = settings.queues {
         target = target.connections(queues);
@@ -47,7 +50,33 @@ pub(super) async fn start<E: Engine>(
         target = target.timeout(timeout);
     }
     let block = target.connect().await.map_err(system)?;
-    Ok(Box::new(Connected(block)))
+    let server = None;
+    Ok(Box::new(Connected { block, server }))
+}
+
+/// Gives the kernel connections to the export at `uri`, somebody else's server, for it to use itself.
+pub(super) async fn hand_over(
+    uri: &str,
+    settings: &Settings,
+    record: &mut Record,
+) -> Result<Box<dyn Running>, Error> {
+    let mut remote = Remote::new(uri)
+        .identifier(identifier(record))
+        .read_only(settings.read_only);
+    if let Some(queues) = settings.queues {
+        remote = remote.connections(queues);
+    }
+    if let Some(timeout) = settings.timeout {
+        remote = remote.timeout(timeout);
+    }
+    let block = remote.connect().await?;
+    record.read_only = block.is_read_only();
+    let server = Some(uri.to_owned());
+    Ok(Box::new(Connected { block, server }))
+}
+
+fn identifier(record: &Record) -> String {
+    format!("userland-io {} {}", record.id, record.started)
 }
 
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
@@ -65,33 +94,38 @@ pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
     kernel_nbd::remove(&device).map_err(system)
 }
 
-struct Connected(BlockDevice);
+struct Connected {
+    block: BlockDevice,
+    server: Option<String>,
+}
 
 impl Running for Connected {
     fn path(&self) -> &Path {
-        self.0.path()
+        self.block.path()
     }
 
     fn size(&self) -> u64 {
-        self.0.size()
+        self.block.size()
     }
 
     fn remains(&self) -> Vec<(&'static str, String)> {
-        let identity = self.0.identity();
-        vec![
+        let identity = self.block.identity();
+        let mut remains = vec![
             (INDEX, identity.index.to_string()),
             (IDENTIFIER, identity.identifier.clone()),
             (THREAD, identity.thread.to_string()),
-        ]
+        ];
+        remains.extend(self.server.clone().map(|server| (SERVER, server)));
+        remains
     }
 
     fn resize(&mut self, size: u64) -> Pending<'_, io::Result<()>> {
-        Box::pin(async move { self.0.resize(size).await.map_err(system) })
+        Box::pin(async move { self.block.resize(size).await.map_err(system) })
     }
 
     fn ended(&mut self) -> Pending<'_, String> {
         Box::pin(async {
-            match self.0.ended().await {
+            match self.block.ended().await {
                 Some(why) => why,
                 None => std::future::pending().await,
             }
@@ -100,7 +134,7 @@ impl Running for Connected {
 
     fn detach(self: Box<Self>) -> Pending<'static, Result<(), Stuck>> {
         Box::pin(async move {
-            match self.0.shutdown_if_unused().await {
+            match self.block.shutdown_if_unused().await {
                 Err(error @ Error::InUse(_)) => Err(Stuck {
                     error: system(error),
                     running: Some(self),
@@ -123,7 +157,7 @@ fn system(error: Error) -> io::Error {
 }
 
 /// What to tell whoever knows already that this is about the kernel's NBD client.
-fn words(error: Error) -> String {
+pub(super) fn words(error: Error) -> String {
     match error {
         Error::Unavailable(why) => why,
         other => other.to_string(),

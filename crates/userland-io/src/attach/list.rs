@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::holders::{claim, holders_besides};
 use super::record::Record;
-use super::{DetachError, Via, way};
+use super::{DetachError, Via, kernel_nbd, way};
 use crate::Op;
 
 /// How long a daemon may take to tell its counters.
@@ -157,10 +157,17 @@ impl Listed {
         self.state
     }
 
-    /// What it has done. `None` if its process does not answer within two seconds.
+    /// The URI of the NBD server that the kernel talks to itself, if that is how it is attached: then its process sees no
+    /// request, and counts none.
+    pub fn server(&self) -> Option<&str> {
+        self.record.remains(kernel_nbd::SERVER)
+    }
+
+    /// What it has done. `None` if its process does not answer within two seconds, or has nothing to
+    /// [count](Self::server).
     pub fn counters(&self) -> Option<Counters> {
         match self.state {
-            State::Running => {
+            State::Running if self.server().is_none() => {
                 let text = self.ask("counters\n", Some(PATIENCE)).ok()?;
                 Some(Counters::parse(&text))
             }

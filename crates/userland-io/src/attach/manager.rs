@@ -3,6 +3,7 @@
 //! Its runtime is of that one thread, and drives the timers and sockets of the engine too. So nothing here
 //! waits for the device in a system call: that is for `spawn_blocking`.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::thread;
@@ -16,9 +17,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::holders::{claim, holders_besides};
 use super::list::Counters;
 use super::record::Record;
-use super::way::{self, Running, Settings};
-use super::{AttachError, DetachError, PassedOver, Via, process};
-use crate::{Device, Engine, ExtentKind, Extents, Features};
+use super::way::{self, Pending, Running, Settings};
+use super::{AttachError, DetachError, PassedOver, Via, kernel_nbd, process};
+use crate::{Device, Engine, ErrorKind, ExtentKind, Extents, Features, Geometry, ReadBuf};
 
 /// How often a device whose handle was dropped is looked at: is it still in use?
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
@@ -26,6 +27,25 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How many stretches of data and holes are counted for one who asks, at most.
 const MOST_STRETCHES: usize = 100_000;
+
+/// What is to be attached.
+pub(super) enum Source<E> {
+    Disk(Device<E>),
+    /// An export of somebody's NBD server, and how to have it as a disk.
+    Export {
+        uri: String,
+        open: fn(String) -> Pending<'static, Result<Device<E>, AttachError>>,
+    },
+}
+
+impl<E> fmt::Debug for Source<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Disk(_) => f.write_str("Disk"),
+            Source::Export { uri, .. } => write!(f, "Export({uri})"),
+        }
+    }
+}
 
 /// What a handle can ask for, and where the answer goes.
 #[derive(Debug)]
@@ -76,7 +96,7 @@ pub(super) struct Status {
 
 /// Starts the thread.
 pub(super) fn start<E: Engine>(
-    device: Device<E>,
+    source: Source<E>,
     settings: Settings,
     orders: mpsc::UnboundedReceiver<Order>,
     answer: oneshot::Sender<Result<Started, AttachError>>,
@@ -95,7 +115,7 @@ pub(super) fn start<E: Engine>(
                 return;
             }
         };
-        let farewell = runtime.block_on(run(device, settings, orders, answer));
+        let farewell = runtime.block_on(run(source, settings, orders, answer));
         // Its last threads and files are gone before anybody hears of the end.
         drop(runtime);
         farewell.tell();
@@ -125,26 +145,64 @@ impl Farewell {
 }
 
 async fn run<E: Engine>(
-    device: Device<E>,
+    source: Source<E>,
     settings: Settings,
     orders: mpsc::UnboundedReceiver<Order>,
     answer: oneshot::Sender<Result<Started, AttachError>>,
 ) -> Farewell {
+    let mut passed_over = Vec::new();
+    let opened = match source {
+        Source::Disk(device) => Ok(device),
+        Source::Export { uri, open } => match hand_over(&uri, &settings).await {
+            Ok(attached) => {
+                let device = attached.view.clone();
+                return keep(device, attached, orders, answer).await;
+            }
+            Err(NotHandedOver::Failed(error)) => Err(error),
+            Err(NotHandedOver::PassedOver(reason)) => {
+                let via = Via::Nbd;
+                let reason = format!("the kernel cannot talk to the server itself: {reason}");
+                tracing::debug!(uri, reason, "passed over");
+                passed_over.push(PassedOver { via, reason });
+                open(uri).await
+            }
+            Err(NotHandedOver::OtherWay) => open(uri).await,
+        },
+    };
+    let device = match opened {
+        Ok(device) => device,
+        Err(error) => {
+            let _ = answer.send(Err(error));
+            return Farewell::default();
+        }
+    };
     // What is closed in the end is the caller's handle, not a read-only view of it.
     let view = match settings.read_only {
         true => device.read_only(),
         false => device.clone(),
     };
-    let mut attached = match attach(view, &settings).await {
-        Ok(attached) => attached,
+    match attach(view, &settings).await {
+        Ok(mut attached) => {
+            attached.passed_over.splice(0..0, passed_over);
+            keep(device, attached, orders, answer).await
+        }
         Err(error) => {
             if let Err(error) = device.close().await {
                 tracing::error!(%error, "the disk could not be closed");
             }
             let _ = answer.send(Err(error));
-            return Farewell::default();
+            Farewell::default()
         }
-    };
+    }
+}
+
+/// Looks after a device from its beginning to its end.
+async fn keep<E: Engine>(
+    device: Device<E>,
+    mut attached: Attached<E>,
+    orders: mpsc::UnboundedReceiver<Order>,
+    answer: oneshot::Sender<Result<Started, AttachError>>,
+) -> Farewell {
     let (status, watched) = watch::channel(Status {
         size: attached.running.size(),
         ended: None,
@@ -207,9 +265,75 @@ async fn attach<E: Engine>(
         let _ = record.remove();
         return Err(AttachError::NoWay(passed_over));
     };
-    record.via = via;
     // What could be resumed once can be again.
     record.recoverable = settings.recoverable || settings.resume.is_some();
+    publish(view, record, via, running, passed_over).await
+}
+
+/// Why the kernel does not talk to somebody's NBD server itself.
+enum NotHandedOver {
+    /// Another way was asked for.
+    OtherWay,
+    /// It cannot, for this reason.
+    PassedOver(String),
+    /// Nor could anybody.
+    Failed(AttachError),
+}
+
+/// Has the kernel talk to the NBD server itself that has the export at `uri`.
+async fn hand_over(uri: &str, settings: &Settings) -> Result<Attached<Elsewhere>, NotHandedOver> {
+    if settings.via.is_some_and(|via| via != Via::Nbd) {
+        return Err(NotHandedOver::OtherWay);
+    }
+    kernel_nbd::probe(settings).map_err(NotHandedOver::PassedOver)?;
+    let record = Record::create(&settings.label, settings.read_only);
+    let mut record = record.map_err(NotHandedOver::Failed)?;
+    let running = match kernel_nbd::hand_over(uri, settings, &mut record).await {
+        Ok(running) => running,
+        Err(error) => {
+            let _ = record.remove();
+            return Err(match error {
+                kernel_nbd::Error::Connect(error) => {
+                    NotHandedOver::Failed(AttachError::Connect(error))
+                }
+                error => NotHandedOver::PassedOver(kernel_nbd::words(error)),
+            });
+        }
+    };
+    let opened = Device::open(Elsewhere(running.size())).await;
+    let view = match opened {
+        Ok(view) => view,
+        // A disk that cannot be written always opens.
+        Err(error) => {
+            let _ = record.remove();
+            return Err(NotHandedOver::PassedOver(error.to_string()));
+        }
+    };
+    let published = publish(view, record, Via::Nbd, running, Vec::new()).await;
+    published.map_err(NotHandedOver::Failed)
+}
+
+/// Stands for a disk that is not in this process, which nobody asks here for anything.
+struct Elsewhere(u64);
+
+impl Engine for Elsewhere {
+    fn geometry(&self) -> Geometry {
+        Geometry::read_only(self.0)
+    }
+    async fn read(&self, _: &mut ReadBuf<'_>, _: u64) -> crate::Result {
+        Err(ErrorKind::Unsupported.into())
+    }
+}
+
+/// Puts a device on record that is there.
+async fn publish<E: Engine>(
+    view: Device<E>,
+    mut record: Record,
+    via: Via,
+    running: Box<dyn Running>,
+    passed_over: Vec<PassedOver>,
+) -> Result<Attached<E>, AttachError> {
+    record.via = via;
     record.device = Some(running.path().to_owned());
     record.size = running.size();
     let remains = running.remains().into_iter();
@@ -281,7 +405,7 @@ impl<E: Engine> Attached<E> {
         loop {
             enum Event {
                 Order(Option<Order>),
-                Changed(crate::Geometry),
+                Changed(Geometry),
                 Ended(String),
                 Visitor(io::Result<UnixStream>),
                 Look,

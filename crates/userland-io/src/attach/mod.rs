@@ -37,11 +37,12 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::transports::nbd;
 use crate::{AnyEngine, Device, Engine};
 pub use error::{AttachError, DetachError, PassedOver};
 pub use holders::{Holder, holders, in_use};
 pub use list::{Counters, Listed, State, list};
-use manager::{Order, Started, Status};
+use manager::{Order, Source, Started, Status};
 pub use process::protect;
 use way::Settings;
 
@@ -97,15 +98,42 @@ pub async fn attach<E: Engine>(device: Device<E>) -> Result<Attached, AttachErro
 #[must_use = "nothing is attached until attach() is called"]
 #[derive(Debug)]
 pub struct Builder<E = AnyEngine> {
-    device: Device<E>,
+    source: Source<E>,
     settings: Settings,
+}
+
+impl Builder<nbd::Client> {
+    /// Attaches the export at `uri` of somebody's NBD server, `nbd://host:port/export` or `nbd+unix:///export?socket=/path`.
+    ///
+    /// The kernel's own NBD client talks to the server if it can: then this process moves no bytes, [counts](Listed::server) no
+    /// requests, and may die without harm to the device. But what was written and not flushed is lost with the server,
+    /// and the device ends with the last connection. Where the kernel has no NBD client, or not what the export takes, and by
+    /// [another way](Self::via) if one is asked for, a [`nbd::Client`] with its journal is attached like any disk.
+    pub fn export(uri: impl Into<String>) -> Self {
+        let uri = uri.into();
+        let open = |uri: String| -> way::Pending<'static, _> {
+            Box::pin(async move {
+                let client = nbd::Client::connect(&uri).await;
+                let opened = Device::open(client.map_err(AttachError::Connect)?).await;
+                opened.map_err(|error| AttachError::Refused(error.to_string()))
+            })
+        };
+        let settings = Settings {
+            label: uri.clone(),
+            ..Settings::default()
+        };
+        Builder {
+            source: Source::Export { uri, open },
+            settings,
+        }
+    }
 }
 
 impl<E: Engine> Builder<E> {
     /// Attaches `device` by the best way there is, with defaults that suit most.
     pub fn new(device: Device<E>) -> Self {
         Builder {
-            device,
+            source: Source::Disk(device),
             settings: Settings::default(),
         }
     }
@@ -172,7 +200,7 @@ impl<E: Engine> Builder<E> {
     pub async fn attach(self) -> Result<Attached, AttachError> {
         let (orders, taken) = mpsc::unbounded_channel();
         let (answer, answered) = oneshot::channel();
-        manager::start(self.device, self.settings, taken, answer)?;
+        manager::start(self.source, self.settings, taken, answer)?;
         // It answers, or its thread has panicked.
         let started = answered.await.unwrap_or(Err(AttachError::Lost))?;
         Ok(Attached { started, orders })

@@ -125,7 +125,6 @@ impl Record {
     }
 
     /// What the way noted under `key`.
-    #[allow(dead_code, reason = "for the ways, of which some have nothing to note")]
     pub(super) fn remains(&self, key: &str) -> Option<&str> {
         let found = self.remains.iter().find(|(name, _)| name == key);
         found.map(|(_, value)| value.as_str())

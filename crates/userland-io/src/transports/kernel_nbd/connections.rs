@@ -26,7 +26,7 @@ use rustix::fd::OwnedFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::error::Error;
-use super::life::Order;
+use super::served::Order;
 use crate::Engine;
 use crate::queue::{self, Queue};
 use crate::transports::nbd::socket::Socket;

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::ErrorKind;
+use crate::transports::nbd::ConnectError;
 
 /// What went wrong with a block device, as opposed to a request to it.
 #[non_exhaustive]
@@ -11,6 +12,9 @@ pub enum Error {
     /// This machine, or this user, has no NBD client in the kernel. The text says why.
     #[error("no NBD client in this kernel: {0}")]
     Unavailable(String),
+    /// The server that the kernel was to talk to cannot be had.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
     /// The disk cannot be a block device. The text says why.
     #[error("{0}")]
     Unsuitable(String),
@@ -52,6 +56,9 @@ impl Error {
 
 impl From<Error> for crate::Error {
     fn from(error: Error) -> Self {
+        if let Error::Connect(error) = error {
+            return error.into();
+        }
         let kind = match &error {
             Error::Unavailable(_) | Error::CannotResize(_) => ErrorKind::Unsupported,
             Error::Command { source, .. } | Error::Io { source, .. } => source

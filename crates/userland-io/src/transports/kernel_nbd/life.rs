@@ -1,31 +1,29 @@
 //! A block device from its making to its end, on a thread of its own: the driver's commands block.
 //!
-//! Who may touch what: the thread owns the driver's socket and the connections. Others send it [`Message`]s, and
-//! wait for its answers in channels.
+//! Who may touch what: the thread owns the driver's socket and the other side of the connections, whoever that is
+//! ([`Side`]). Others send it [`Message`]s, and wait for its answers in channels.
 //!
-//! The order of an end: what is in the page cache is written; the driver says goodbye on each connection and lets go
-//! of the sockets; the connections' threads end; the driver forgets the device, unless it was there before.
+//! The order of an end: what is in the page cache is written; the driver says goodbye on each connection, lets go
+//! of the sockets, and forgets the device, unless it was there before; the other side ends.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fd::OwnedFd;
 use rustix::fs::FileType;
-use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 
-use super::connections::{Connections, End};
+use super::connections::End;
 use super::control::{self, Control, Identity, Wanted};
 use super::error::Error;
-use crate::transports::nbd::limits::Environment;
-use crate::transports::nbd::session::Session;
+use crate::Geometry;
+use crate::transports::nbd::wire::TransmissionFlags;
 use crate::transports::node;
-use crate::{Device, Engine, Geometry};
 
 /// The kernel's smallest block.
 const SECTOR: u32 = 512;
@@ -41,6 +39,7 @@ const STEP: Duration = Duration::from_millis(2);
 pub struct BlockDevice {
     identity: Identity,
     path: PathBuf,
+    is_read_only: bool,
     to: mpsc::Sender<Message>,
     status: watch::Receiver<Status>,
 }
@@ -67,6 +66,11 @@ impl BlockDevice {
     /// Its size in bytes, as the kernel has it.
     pub fn size(&self) -> u64 {
         self.status.borrow().size
+    }
+
+    /// True if it takes no writes.
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only
     }
 
     /// Gives it the size that a disk of `size` bytes has in whole blocks.
@@ -139,10 +143,10 @@ impl Drop for BlockDevice {
 type Answer = oneshot::Sender<Result<(), Error>>;
 
 /// What a device's thread is told.
-enum Message {
-    /// By a connection's thread, as its last word.
+pub(super) enum Message {
+    /// A connection has ended.
     Ended { place: usize, end: End },
-    /// The disk has another size.
+    /// It is to have another size.
     Resize { size: u64, answer: Answer },
     /// End.
     Stop {
@@ -151,27 +155,45 @@ enum Message {
     },
 }
 
-/// What is to be made.
-pub(super) struct Order<E: Engine> {
-    pub(super) device: Device<E>,
-    pub(super) session: Session,
-    pub(super) environment: Environment,
-    /// Gives what is under way in the end a limit of time.
-    pub(super) stop: watch::Sender<bool>,
-    pub(super) connections: usize,
-    pub(super) timeout: Duration,
-    pub(super) identifier: String,
-    pub(super) runtime: Handle,
+/// Who is at the other end of a device's connections.
+pub(super) trait Side {
+    /// The connection at `place` has ended, of the device `of`. Answers why the device has, if it has.
+    fn ended(
+        &mut self,
+        place: usize,
+        end: End,
+        control: &mut Control,
+        of: &Identity,
+    ) -> Option<String>;
+
+    /// The device is gone: nothing may run any more when this returns.
+    fn end(&mut self);
 }
 
-/// Makes a device as ordered, and resolves when it is there.
-pub(super) async fn start<E: Engine>(order: Order<E>) -> Result<BlockDevice, Error> {
+/// What is to be made.
+pub(super) struct Plan {
+    /// The disk's, in bytes; the device's is in whole blocks.
+    pub(super) size: u64,
+    pub(super) block_size: u32,
+    pub(super) flags: TransmissionFlags,
+    pub(super) timeout: Duration,
+    pub(super) identifier: String,
+}
+
+/// Makes a device as planned, and resolves when it is there. On the device's thread, `make` makes the other side and gives
+/// the sockets for the kernel.
+pub(super) async fn start<S: Side>(
+    plan: Plan,
+    make: impl FnOnce(&mpsc::Sender<Message>) -> Result<(S, Vec<OwnedFd>), Error> + Send + 'static,
+) -> Result<BlockDevice, Error> {
     let (to, from) = mpsc::channel();
     let (tell, told) = oneshot::channel();
     let sender = to.clone();
+    let is_read_only = plan.flags.contains(TransmissionFlags::READ_ONLY);
     let thread = thread::Builder::new().name("nbd-life".to_owned());
     let work = move || {
-        let mut life = match Life::begin(order, sender, from) {
+        let begun = make(&sender).and_then(|(side, far)| Life::begin(plan, side, far, from));
+        let mut life = match begun {
             Ok(life) => life,
             // Nobody listens if the order was taken back meanwhile.
             Err(error) => return drop(tell.send(Err(error))),
@@ -180,17 +202,16 @@ pub(super) async fn start<E: Engine>(order: Order<E>) -> Result<BlockDevice, Err
             size: life.size,
             ended: None,
         });
-        let mut stop = None;
-        let mut why = None;
+        let (mut stop, mut why) = (None, None);
         if tell.send(Ok((life.identity.clone(), watched))).is_ok() {
             (stop, why) = life.go_on(&status);
         }
         let result = life.end(why.is_some());
-        // The disk's handle goes with it, before anybody hears of the end.
-        drop(life);
         if let Err(error) = &result {
             tracing::debug!(%error, "a block device was not taken down well");
         }
+        // The disk's handle goes with it, before anybody hears of the end.
+        drop(life);
         status.send_modify(|status| status.ended = Some(why));
         if let Some(stop) = stop {
             let _ = stop.send(result);
@@ -201,111 +222,82 @@ pub(super) async fn start<E: Engine>(order: Order<E>) -> Result<BlockDevice, Err
     Ok(BlockDevice {
         path: control::node(identity.index),
         identity,
+        is_read_only,
         to,
         status,
     })
 }
 
 /// A device that lives.
-struct Life<E: Engine> {
-    order: Order<E>,
+struct Life<S> {
+    side: S,
     control: Control,
     identity: Identity,
     block_size: u32,
     size: u64,
-    connections: Connections,
-    to: mpsc::Sender<Message>,
     from: mpsc::Receiver<Message>,
 }
 
-impl<E: Engine> Life<E> {
+impl<S: Side> Life<S> {
     fn begin(
-        order: Order<E>,
-        to: mpsc::Sender<Message>,
+        plan: Plan,
+        mut side: S,
+        far: Vec<OwnedFd>,
         from: mpsc::Receiver<Message>,
     ) -> Result<Self, Error> {
-        let geometry = order.device.geometry();
-        let block_size = block_size(&geometry);
-        let size = whole_blocks(geometry.size, block_size);
-        if size == 0 {
-            return Err(Error::Unsuitable(format!(
-                "a disk of {} bytes is shorter than one block of a kernel device",
-                geometry.size
-            )));
-        }
-        let mut control = Control::open()?;
-        let mut connections = Connections::new(order.connections)?;
-        let places = 0..order.connections;
-        let far: Result<Vec<_>, Error> = places
-            .map(|place| open(&mut connections, place, &order, &to))
-            .collect();
-        let far = far?;
-        let before = control::indexes();
-        let wanted = Wanted {
-            index: None,
-            size,
-            block_size,
-            flags: order.session.flags.bits(),
-            timeout: order.timeout,
-            identifier: &order.identifier,
-        };
-        let index = control.connect(&wanted, &far)?;
+        let connected = connect(&plan, &far);
         drop(far);
-        let identity = Identity {
-            index,
-            identifier: order.identifier.clone(),
-            thread: rustix::thread::gettid()
-                .as_raw_nonzero()
-                .get()
-                .cast_unsigned(),
+        let (control, identity, was_there) = match connected {
+            Ok(connected) => connected,
+            Err(error) => {
+                side.end();
+                return Err(error);
+            }
         };
-        let life = Life {
-            order,
+        let mut life = Life {
+            side,
             control,
             identity,
-            block_size,
-            size,
-            connections,
-            to,
+            block_size: plan.block_size,
+            size: whole_blocks(plan.size, plan.block_size),
             from,
         };
-        life.settle(before.contains(&index))
-    }
-
-    /// What a device that is connected still needs.
-    fn settle(mut self, was_there: bool) -> Result<Self, Error> {
-        let index = self.identity.index;
-        let settled = match was_there {
-            true => Ok(()),
-            false => self.control.destroy_on_disconnect(&self.identity),
-        };
-        let settled = settled.and_then(|()| {
-            let node = control::node(index);
-            node::ensure(&node, &control::directory(index), FileType::BlockDevice)
-                // The first to open it makes the kernel look for partitions.
-                .and_then(|()| File::open(&node))
-                .map_err(Error::io(format!("{}", node.display())))
-        });
-        match settled {
-            Ok(_) => Ok(self),
+        match life.settle(was_there) {
+            Ok(()) => Ok(life),
             Err(error) => {
-                let _ = self.end(false);
+                let _ = life.end(false);
                 Err(error)
             }
         }
     }
 
+    /// What a device that is connected still needs.
+    fn settle(&mut self, was_there: bool) -> Result<(), Error> {
+        let index = self.identity.index;
+        if !was_there {
+            self.control.destroy_on_disconnect(&self.identity)?;
+        }
+        let node = control::node(index);
+        node::ensure(&node, &control::directory(index), FileType::BlockDevice)
+            // The first to open it makes the kernel look for partitions.
+            .and_then(|()| File::open(&node))
+            .map(drop)
+            .map_err(Error::io(format!("{}", node.display())))
+    }
+
     /// Until the device is to end, or has ended. Answers who wants to know how that goes, or why it has ended.
     fn go_on(&mut self, status: &watch::Sender<Status>) -> (Option<Answer>, Option<String>) {
         loop {
-            // Never an error: this end has a sender itself.
+            // Whoever could send has gone: nobody is interested.
             let Ok(message) = self.from.recv() else {
                 return (None, None);
             };
             match message {
                 Message::Ended { place, end } => {
-                    if let Some(why) = self.ended(place, end) {
-                        return (None, Some(why));
+                    let side = &mut self.side;
+                    let why = side.ended(place, end, &mut self.control, &self.identity);
+                    if why.is_some() {
+                        return (None, why);
                     }
                 }
                 Message::Resize { size, answer } => {
@@ -325,24 +317,6 @@ impl<E: Engine> Life<E> {
         }
     }
 
-    /// A connection has ended. Answers why the device has, if it has.
-    fn ended(&mut self, place: usize, end: End) -> Option<String> {
-        if end == End::Left {
-            return Some("somebody has disconnected it".to_owned());
-        }
-        tracing::warn!(
-            device = %control::node(self.identity.index).display(),
-            connection = place,
-            "the kernel has given up waiting for an answer: connecting anew, now that the disk has answered"
-        );
-        self.connections.close(place);
-        let far = open(&mut self.connections, place, &self.order, &self.to);
-        let again = far.and_then(|far| self.control.reconnect(&self.identity, &[far]));
-        again
-            .err()
-            .map(|error| format!("the kernel has hung up, and takes no new connection: {error}"))
-    }
-
     fn resize(&mut self, size: u64) -> Result<(), Error> {
         let index = self.identity.index;
         let wanted = whole_blocks(size, self.block_size);
@@ -357,29 +331,45 @@ impl<E: Engine> Life<E> {
 
     /// Takes the device down.
     fn end(&mut self, is_gone: bool) -> Result<(), Error> {
-        let taken = match is_gone && !self.identity.is_connected() {
-            true => Ok(()),
-            false => take_down(&mut self.control, &self.identity, Written::All),
+        let (control, identity) = (&mut self.control, &self.identity);
+        let taken = match is_gone {
+            true if !identity.is_connected() => Ok(()),
+            true => take_down(control, identity, Written::Nothing),
+            false => take_down(control, identity, Written::All),
         };
-        // Without a receiver there are no threads any more.
-        let _ = self.order.stop.send(true);
-        self.connections.end();
+        self.side.end();
         taken
     }
 }
 
-/// Makes the connection at `place`, and gives its far end.
-fn open<E: Engine>(
-    connections: &mut Connections,
-    place: usize,
-    order: &Order<E>,
-    to: &mpsc::Sender<Message>,
-) -> Result<UnixStream, Error> {
-    let to = to.clone();
-    connections.open(place, order, move |end| {
-        // The device's thread may have ended before its connections did.
-        let _ = to.send(Message::Ended { place, end });
-    })
+/// Connects a device. Answers if the driver had it before.
+fn connect(plan: &Plan, far: &[OwnedFd]) -> Result<(Control, Identity, bool), Error> {
+    let mut control = Control::open()?;
+    let before = control::indexes();
+    // Some kernels (6.12, for one) let a device that once could zero by command go on doing so. A server that cannot
+    // gets one that was never used.
+    let index = match plan.flags.contains(TransmissionFlags::SEND_WRITE_ZEROES) {
+        true => None,
+        false => (0..).find(|index| !before.contains(index)),
+    };
+    let wanted = Wanted {
+        index,
+        size: whole_blocks(plan.size, plan.block_size),
+        block_size: plan.block_size,
+        flags: plan.flags.bits(),
+        timeout: plan.timeout,
+        identifier: &plan.identifier,
+    };
+    let index = control.connect(&wanted, far)?;
+    let identity = Identity {
+        index,
+        identifier: plan.identifier.clone(),
+        thread: rustix::thread::gettid()
+            .as_raw_nonzero()
+            .get()
+            .cast_unsigned(),
+    };
+    Ok((control, identity, before.contains(&index)))
 }
 
 /// What becomes of that in the page cache which is not yet written.
@@ -437,11 +427,11 @@ fn claim(index: u32) -> Result<File, Error> {
 
 /// The block size that the kernel is told: the engine's, where every driver takes it. It takes no larger than a page; the
 /// device's edge makes up for the rest.
-fn block_size(geometry: &Geometry) -> u32 {
+pub(super) fn block_size(geometry: &Geometry) -> u32 {
     let page = rustix::param::page_size() as u32;
     geometry.logical_block_size.clamp(SECTOR, page)
 }
 
-fn whole_blocks(size: u64, block_size: u32) -> u64 {
+pub(super) fn whole_blocks(size: u64, block_size: u32) -> u64 {
     size - size % u64::from(block_size)
 }

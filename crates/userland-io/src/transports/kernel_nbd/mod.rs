@@ -16,15 +16,20 @@
 //! The driver is told what to do by generic netlink (`netlink`, `control`), and gets the far ends of socket pairs. At the near
 //! ends is the NBD server's transmission phase, on a thread for each connection (`connections`). A further thread
 //! looks after the device from its making to its end (`life`), since the driver's commands block.
+//!
+//! Somebody else's server can be at the other end as well (`remote`): then this process moves no bytes.
 
 mod connections;
 mod control;
 mod error;
 mod life;
 mod netlink;
+mod remote;
+mod served;
 mod target;
 
 pub use control::Identity;
 pub use error::Error;
 pub use life::BlockDevice;
+pub use remote::Remote;
 pub use target::{Target, available, remove};

@@ -8,7 +8,8 @@ use tokio::runtime::Handle;
 use super::connections::MOST;
 use super::control::{Control, Identity};
 use super::error::Error;
-use super::life::{self, BlockDevice, Order, Written};
+use super::life::{self, BlockDevice, Written};
+use super::served::{Order, Served};
 use crate::transports::nbd::export::{block_sizes, transmission_flags};
 use crate::transports::nbd::limits::{Budget, Chairs, Environment, Limits, Shutdown};
 use crate::transports::nbd::session::{ReplyMode, Session};
@@ -19,7 +20,26 @@ const CONNECTIONS: usize = 4;
 /// The driver's own depth, for each connection.
 const DEPTH: u16 = 128;
 /// See [`Target::timeout`].
-const TIMEOUT: Duration = Duration::from_secs(45);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(45);
+
+/// As many connections as suit the machine.
+pub(super) fn connections() -> u16 {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    cpus.min(CONNECTIONS) as u16
+}
+
+/// What a device is known by unless it is said.
+pub(super) fn identifier() -> String {
+    format!("userland-io {}", std::process::id())
+}
+
+pub(super) fn whole_seconds(timeout: Duration) -> Duration {
+    Duration::from_secs(timeout.as_secs().max(1))
+}
+
+pub(super) fn one_line(identifier: String) -> String {
+    identifier.replace(char::is_control, " ")
+}
 
 /// A disk that is to be a block device: how it is to be served.
 #[derive(Debug)]
@@ -35,13 +55,12 @@ pub struct Target<E: Engine> {
 impl<E: Engine> Target<E> {
     /// `device` with the defaults: a connection for each CPU up to four, 128 requests at once in each.
     pub fn new(device: Device<E>) -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Target {
             device,
-            connections: cpus.min(CONNECTIONS) as u16,
+            connections: connections(),
             depth: DEPTH,
             timeout: TIMEOUT,
-            identifier: format!("userland-io {}", std::process::id()),
+            identifier: identifier(),
             runtime: None,
         }
     }
@@ -66,15 +85,14 @@ impl<E: Engine> Target<E> {
     /// connections are made anew as soon as the disk has answered what it was asked, and requests are done again: that
     /// may take this time once more.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = Duration::from_secs(timeout.as_secs().max(1));
+        self.timeout = whole_seconds(timeout);
         self
     }
 
     /// What the driver shows in `/sys/block/nbdN/backend` (since Linux 5.14), for the device to be known by. If
     /// left out: this library's name, and the process's number.
     pub fn identifier(mut self, identifier: impl Into<String>) -> Self {
-        let identifier: String = identifier.into();
-        self.identifier = identifier.replace(char::is_control, " ");
+        self.identifier = one_line(identifier.into());
         self
     }
 
@@ -105,6 +123,19 @@ impl<E: Engine> Target<E> {
             contexts: Vec::new(),
             blocks: block_sizes(&geometry, limits.max_request, false),
         };
+        let plan = life::Plan {
+            size: geometry.size,
+            block_size: life::block_size(&geometry),
+            flags: session.flags,
+            timeout: self.timeout,
+            identifier: self.identifier,
+        };
+        if life::whole_blocks(plan.size, plan.block_size) == 0 {
+            return Err(Error::Unsuitable(format!(
+                "a disk of {} bytes is shorter than one block of a kernel device",
+                plan.size
+            )));
+        }
         let (stop, shutdown) = Shutdown::channel();
         let order = Order {
             device: self.device,
@@ -116,12 +147,10 @@ impl<E: Engine> Target<E> {
                 shutdown,
             },
             stop,
-            connections: self.connections.into(),
-            timeout: self.timeout,
-            identifier: self.identifier,
             runtime: self.runtime.unwrap_or_else(Handle::current),
         };
-        life::start(order).await
+        let count = self.connections.into();
+        life::start(plan, move |to| Served::new(order, count, to)).await
     }
 }
 

@@ -38,6 +38,8 @@ pub struct ListedExport {
 pub(super) struct Wanted<'a> {
     pub(super) export: &'a str,
     pub(super) all_contexts: bool,
+    /// Simple replies, even if more is to be had.
+    pub(super) simple: bool,
 }
 
 /// What was agreed on.
@@ -62,7 +64,9 @@ where
     if !haggler.fixed {
         return haggler.export_name(wanted.export).await;
     }
-    let mode = if haggler.ask(opt::EXTENDED_HEADERS).await? {
+    let mode = if wanted.simple {
+        ReplyMode::Simple
+    } else if haggler.ask(opt::EXTENDED_HEADERS).await? {
         ReplyMode::Extended
     } else if haggler.ask(opt::STRUCTURED_REPLY).await? {
         ReplyMode::Structured

@@ -291,29 +291,14 @@ impl Builder {
     /// # Errors
     /// As for [`Client::connect`], and if an option makes no sense.
     pub async fn connect(self) -> Result<Client, ConnectError> {
-        if !(1..=64).contains(&self.connections) {
-            return Err(ConnectError::Option(format!(
-                "connections={}: write a number from 1 to 64",
-                self.connections
-            )));
-        }
-        let plan = Plan {
-            uri: parse(&self.uri)?,
-            all_contexts: self.all_contexts,
-            connections: self.connections,
-            timeout: self.timeout,
-            reconnect: self.reconnect,
-            journal: match self.shared {
-                true => 0,
-                false => self.journal,
-            },
-        };
+        let shared = self.shared;
+        let plan = self.plan()?;
         let (export, streams) = plan.connect().await?;
         let shared = Arc::new(Shared::new(
             plan.uri.to_string(),
             export,
             plan.journal,
-            self.shared,
+            shared,
         ));
         let session = Session::start(&shared, streams);
         shared.up(session.conns());
@@ -323,6 +308,52 @@ impl Builder {
             supervisor: Mutex::new(Some(supervisor)),
         })
     }
+
+    /// Connects for somebody else, who sends requests himself and takes simple replies.
+    #[cfg(all(feature = "kernel-nbd", target_os = "linux"))]
+    pub(crate) async fn connect_simple(self) -> Result<Simple, ConnectError> {
+        let plan = Plan {
+            simple: true,
+            // Nothing is kept, and so nothing bounds the longest request but the server.
+            journal: 0,
+            ..self.plan()?
+        };
+        let (export, streams) = plan.connect().await?;
+        Ok(Simple {
+            geometry: export.geometry,
+            flags: export.flags,
+            streams: streams.into_iter().map(|(stream, _)| stream).collect(),
+        })
+    }
+
+    fn plan(self) -> Result<Plan, ConnectError> {
+        if !(1..=64).contains(&self.connections) {
+            return Err(ConnectError::Option(format!(
+                "connections={}: write a number from 1 to 64",
+                self.connections
+            )));
+        }
+        Ok(Plan {
+            uri: parse(&self.uri)?,
+            all_contexts: self.all_contexts,
+            simple: false,
+            connections: self.connections,
+            timeout: self.timeout,
+            reconnect: self.reconnect,
+            journal: match self.shared {
+                true => 0,
+                false => self.journal,
+            },
+        })
+    }
+}
+
+/// An export, and connections to it on which the transmission phase has begun.
+#[cfg(all(feature = "kernel-nbd", target_os = "linux"))]
+pub(crate) struct Simple {
+    pub(crate) geometry: crate::Geometry,
+    pub(crate) flags: super::wire::TransmissionFlags,
+    pub(crate) streams: Vec<super::socket::Stream>,
 }
 
 fn parse(uri: &str) -> Result<Uri, ConnectError> {

@@ -41,6 +41,8 @@ const REPLAYS: usize = 64;
 pub(super) struct Plan {
     pub(super) uri: Uri,
     pub(super) all_contexts: bool,
+    /// Simple replies, whatever the server has.
+    pub(super) simple: bool,
     pub(super) connections: usize,
     /// For a handshake.
     pub(super) timeout: Duration,
@@ -58,6 +60,7 @@ impl Plan {
         let wanted = Wanted {
             export: self.uri.export(),
             all_contexts: self.all_contexts,
+            simple: self.simple,
         };
         let dial = || dial::dial(self.uri.address(), wanted, self.timeout);
         let first = dial().await?;

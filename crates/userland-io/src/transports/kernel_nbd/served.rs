@@ -1,0 +1,91 @@
+//! A disk of this process at the other end: what is made for it, and how its connections are looked after.
+
+use std::sync::mpsc;
+
+use rustix::fd::OwnedFd;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use super::connections::{Connections, End};
+use super::control::{self, Control, Identity};
+use super::error::Error;
+use super::life::{Message, Side};
+use crate::transports::nbd::limits::Environment;
+use crate::transports::nbd::session::Session;
+use crate::{Device, Engine};
+
+/// What it takes to serve a disk.
+pub(super) struct Order<E: Engine> {
+    pub(super) device: Device<E>,
+    pub(super) session: Session,
+    pub(super) environment: Environment,
+    /// Gives what is under way in the end a limit of time.
+    pub(super) stop: watch::Sender<bool>,
+    pub(super) runtime: Handle,
+}
+
+/// A disk that is served.
+pub(super) struct Served<E: Engine> {
+    order: Order<E>,
+    connections: Connections,
+    to: mpsc::Sender<Message>,
+}
+
+impl<E: Engine> Served<E> {
+    /// Serves a disk by `count` connections, and gives their far ends.
+    pub(super) fn new(
+        order: Order<E>,
+        count: usize,
+        to: &mpsc::Sender<Message>,
+    ) -> Result<(Self, Vec<OwnedFd>), Error> {
+        let mut served = Served {
+            order,
+            connections: Connections::new(count)?,
+            to: to.clone(),
+        };
+        let far: Result<_, Error> = (0..count).map(|place| served.open(place)).collect();
+        Ok((served, far?))
+    }
+
+    /// Makes the connection at `place`, and gives its far end.
+    fn open(&mut self, place: usize) -> Result<OwnedFd, Error> {
+        let to = self.to.clone();
+        let ended = move |end| {
+            // The device's thread may have ended before its connections did.
+            let _ = to.send(Message::Ended { place, end });
+        };
+        let far = self.connections.open(place, &self.order, ended)?;
+        Ok(far.into())
+    }
+}
+
+impl<E: Engine> Side for Served<E> {
+    fn ended(
+        &mut self,
+        place: usize,
+        end: End,
+        control: &mut Control,
+        of: &Identity,
+    ) -> Option<String> {
+        if end == End::Left {
+            return Some("somebody has disconnected it".to_owned());
+        }
+        tracing::warn!(
+            device = %control::node(of.index).display(),
+            connection = place,
+            "the kernel has given up waiting for an answer: connecting anew, now that the disk has answered"
+        );
+        self.connections.close(place);
+        let far = self.open(place);
+        let again = far.and_then(|far| control.reconnect(of, &[far]));
+        again
+            .err()
+            .map(|error| format!("the kernel has hung up, and takes no new connection: {error}"))
+    }
+
+    fn end(&mut self) {
+        // Without a receiver there are no threads any more.
+        let _ = self.order.stop.send(true);
+        self.connections.end();
+    }
+}
