@@ -66,6 +66,7 @@
 //! * `nbd` (default): the NBD server and client, [`transports::nbd`].
 //! * `attach` (Linux): block devices under `/dev`, the module `attach`. It takes `ublk`, `kernel-nbd` and `fuse` with it, the
 //!   ways to make them.
+//! * `kernel-nbd` (Linux): kernel block devices by the kernel's NBD client, `transports::kernel_nbd`. It takes `nbd` with it.
 //! * `ublk` (Linux): kernel block devices by the ublk driver, `transports::ublk`.
 
 #[cfg(all(feature = "attach", target_os = "linux"))]

@@ -347,15 +347,16 @@ async fn one_that_somebody_else_disconnects_has_ended() {
     let attached = attach(memory(SIZE).await).await;
     let name = attached.path().to_owned();
     let index = name.to_str().unwrap().trim_start_matches("/dev/nbd");
-    let identity = |identifier| kernel_nbd::Identity {
+    // Another one's device is not touched.
+    let other = kernel_nbd::Identity {
         index: index.parse().unwrap(),
-        identifier,
+        identifier: "some other".to_owned(),
         thread: 0,
     };
-    // Another one's device is not touched.
-    kernel_nbd::remove(&identity("some other".to_owned())).unwrap();
+    kernel_nbd::remove(&other).unwrap();
     assert!(sysfs(&name, "pid").is_some());
-    kernel_nbd::remove(&identity(sysfs(&name, "backend").unwrap())).unwrap();
+    let own = kernel_nbd::Identity::find(&sysfs(&name, "backend").unwrap());
+    kernel_nbd::remove(&own.unwrap()).unwrap();
     let why = attached.ended().await;
     assert_eq!(why.as_deref(), Some("somebody has disconnected it"));
     assert_eq!(sysfs(&name, "pid"), None);
@@ -512,6 +513,33 @@ fn stale_devices_fail_what_waits_for_them_when_they_are_removed() {
     }
     reader.join().unwrap().unwrap_err();
     assert!(asked.elapsed() < PATIENCE, "{:?}", asked.elapsed());
+}
+
+#[test]
+fn one_that_was_not_noted_yet_is_found() {
+    let Some(_turn) = turn() else { return };
+    let before = devices();
+    let (mut child, _) = daemon();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // As if it had died as soon as the driver had the device.
+    let record = format!("/run/ulio/{}-0.device", child.id());
+    let text = fs::read_to_string(&record).unwrap();
+    let early = |line: &&str| !line.starts_with("way-") && !line.starts_with("device ");
+    let text: String = text
+        .lines()
+        .filter(early)
+        .map(|line| format!("{line}\n"))
+        .collect();
+    fs::write(&record, text).unwrap();
+    let all = list().unwrap();
+    let listed = all
+        .iter()
+        .find(|listed| listed.pid() == child.id())
+        .unwrap();
+    assert_eq!(listed.path(), None);
+    listed.detach().unwrap();
+    assert_eq!(devices(), before);
 }
 
 #[tokio::test]

@@ -16,7 +16,6 @@ use crate::{Device, Engine};
 const MODULE: &str = "nbd";
 /// The record's fields.
 const INDEX: &str = "index";
-const IDENTIFIER: &str = "identifier";
 const THREAD: &str = "thread";
 /// The server's URI, if the kernel talks to somebody else's.
 pub(super) const SERVER: &str = "server";
@@ -75,23 +74,27 @@ pub(super) async fn hand_over(
     Ok(Box::new(Connected { block, server }))
 }
 
+/// What the driver knows the device by.
 fn identifier(record: &Record) -> String {
     format!("userland-io {} {}", record.id, record.started)
 }
 
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
     let number = |key| record.remains(key).and_then(|value| value.parse().ok());
-    // Without them it died before there was a device.
-    let (Some(index), Some(thread)) = (number(INDEX), number(THREAD)) else {
-        return Ok(());
+    let identifier = identifier(record);
+    let device = match (number(INDEX), number(THREAD)) {
+        (Some(index), Some(thread)) => Some(Identity {
+            index,
+            identifier,
+            thread,
+        }),
+        // It died before it could note where.
+        _ => Identity::find(&identifier),
     };
-    let identifier = record.remains(IDENTIFIER).unwrap_or_default().to_owned();
-    let device = Identity {
-        index,
-        identifier,
-        thread,
-    };
-    kernel_nbd::remove(&device).map_err(system)
+    match device {
+        Some(device) => kernel_nbd::remove(&device).map_err(system),
+        None => Ok(()),
+    }
 }
 
 struct Connected {
@@ -112,7 +115,6 @@ impl Running for Connected {
         let identity = self.block.identity();
         let mut remains = vec![
             (INDEX, identity.index.to_string()),
-            (IDENTIFIER, identity.identifier.clone()),
             (THREAD, identity.thread.to_string()),
         ];
         remains.extend(self.server.clone().map(|server| (SERVER, server)));

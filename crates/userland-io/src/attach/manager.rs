@@ -288,6 +288,8 @@ async fn hand_over(uri: &str, settings: &Settings) -> Result<Attached<Elsewhere>
     kernel_nbd::probe(settings).map_err(NotHandedOver::PassedOver)?;
     let record = Record::create(&settings.label, settings.read_only);
     let mut record = record.map_err(NotHandedOver::Failed)?;
+    record.via = Via::Nbd;
+    let _ = record.save();
     let running = match kernel_nbd::hand_over(uri, settings, &mut record).await {
         Ok(running) => running,
         Err(error) => {

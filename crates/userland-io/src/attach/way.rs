@@ -95,6 +95,8 @@ pub(super) async fn start<E: Engine>(
         let reason = match probe(via, settings) {
             Ok(()) => {
                 record.via = via;
+                // For whoever has to clean up, if this process dies in the middle.
+                let _ = record.save();
                 match start_one(via, device.clone(), settings, record).await {
                     Ok(running) => return (passed_over, Some((via, running))),
                     Err(error) => error.to_string(),

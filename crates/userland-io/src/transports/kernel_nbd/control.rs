@@ -165,6 +165,17 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// The connected device that was given `identifier`, as far as the driver shows that.
+    pub fn find(identifier: &str) -> Option<Self> {
+        let of = |index| Identity {
+            index,
+            identifier: identifier.to_owned(),
+            thread: 0,
+        };
+        let mut all = indexes().into_iter().map(of);
+        all.find(Identity::is_connected)
+    }
+
     /// True if the device is there, and connected.
     pub fn is_connected(&self) -> bool {
         let read = |name| fs::read_to_string(directory(self.index).join(name));

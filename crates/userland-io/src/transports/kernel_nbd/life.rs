@@ -27,8 +27,8 @@ use crate::transports::node;
 
 /// The kernel's smallest block.
 const SECTOR: u32 = 512;
-/// How long the driver may take to forget a device that nobody has open.
-const FORGETTING: Duration = Duration::from_secs(5);
+/// How long the driver may take to forget a device that nobody has open, or only somebody who had a look at it.
+const FORGETTING: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_millis(2);
 
 /// A kernel block device that this process serves; see [`Target`](super::Target).
