@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,15 +29,15 @@ const SIZE: u64 = 16 * MIB;
 const NONE: WriteFlags = WriteFlags::empty();
 
 /// Tests look at what the driver has in all, so there is one at a time.
-static ALONE: Mutex<()> = Mutex::new(());
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// A turn, if this kernel has what is tested here.
-fn turn() -> Option<MutexGuard<'static, ()>> {
+async fn turn() -> Option<tokio::sync::MutexGuard<'static, ()>> {
     if kernel_nbd::available().is_err() {
         need::guest("an NBD client in the kernel");
         return None;
     }
-    Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner))
+    Some(ALONE.lock().await)
 }
 
 fn builder<E: Engine>(disk: Device<E>) -> Builder<E> {
@@ -185,7 +185,7 @@ impl Engine for Recorder {
 
 #[tokio::test]
 async fn requests_arrive_as_they_were_asked() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let recorder = Recorder::new();
     let mut attached = attach(Device::open(recorder.clone()).await.unwrap()).await;
     let path = attached.path().to_owned();
@@ -246,7 +246,7 @@ async fn requests_arrive_as_they_were_asked() {
 
 #[tokio::test]
 async fn a_disk_that_is_read_only_is_so_in_the_kernel() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let attaching = builder(memory(SIZE).await).read_only(true);
     let mut attached = attaching.attach().await.unwrap();
     assert_eq!(sysfs(attached.path(), "ro").as_deref(), Some("1"));
@@ -263,7 +263,7 @@ async fn a_disk_that_is_read_only_is_so_in_the_kernel() {
 
 #[tokio::test]
 async fn partitions_are_there_when_it_is() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let disk = memory(SIZE).await;
     // One of a DOS table: active, type Linux, 8 MiB from the first MiB on.
     let mut sector = [0; 512];
@@ -283,7 +283,7 @@ async fn partitions_are_there_when_it_is() {
 
 #[tokio::test]
 async fn the_device_follows_the_disks_size() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let disk = memory(SIZE).await;
     let mut attached = attach(disk.clone()).await;
     for size in [2 * SIZE, SIZE / 2 + 100] {
@@ -305,7 +305,7 @@ async fn the_device_follows_the_disks_size() {
 
 #[tokio::test]
 async fn what_is_claimed_is_not_detached() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let mut attached = attach(memory(SIZE).await).await;
     let path = attached.path().to_owned();
     let claimed = open(&path, libc::O_EXCL).unwrap();
@@ -323,7 +323,7 @@ async fn what_is_claimed_is_not_detached() {
 
 #[tokio::test]
 async fn what_was_written_and_not_flushed_is_not_lost_with_the_device() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let disk = memory(SIZE).await;
     let mut attached = attach(disk.clone()).await;
     // Plainly open is no claim; its writes are in the page cache.
@@ -343,7 +343,7 @@ async fn what_was_written_and_not_flushed_is_not_lost_with_the_device() {
 
 #[tokio::test]
 async fn one_that_somebody_else_disconnects_has_ended() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let attached = attach(memory(SIZE).await).await;
     let name = attached.path().to_owned();
     let index = name.to_str().unwrap().trim_start_matches("/dev/nbd");
@@ -422,9 +422,9 @@ fn child(test: &str) -> Command {
     command
 }
 
-#[test]
-fn twenty_cycles_leave_nothing_behind() {
-    let Some(_turn) = turn() else { return };
+#[tokio::test]
+async fn twenty_cycles_leave_nothing_behind() {
+    let Some(_turn) = turn().await else { return };
     let status = child("child_cycles").status().unwrap();
     assert!(status.success());
 }
@@ -452,9 +452,9 @@ fn daemon() -> (Child, PathBuf) {
     (child, path)
 }
 
-#[test]
-fn a_daemon_that_is_killed_leaves_errors_and_what_can_be_removed() {
-    let Some(_turn) = turn() else { return };
+#[tokio::test]
+async fn a_daemon_that_is_killed_leaves_errors_and_what_can_be_removed() {
+    let Some(_turn) = turn().await else { return };
     let before = devices();
     let (mut child, path) = daemon();
     let file = direct(&path);
@@ -495,9 +495,9 @@ fn a_daemon_that_is_killed_leaves_errors_and_what_can_be_removed() {
     assert_eq!(devices(), before);
 }
 
-#[test]
-fn stale_devices_fail_what_waits_for_them_when_they_are_removed() {
-    let Some(_turn) = turn() else { return };
+#[tokio::test]
+async fn stale_devices_fail_what_waits_for_them_when_they_are_removed() {
+    let Some(_turn) = turn().await else { return };
     let (mut child, path) = daemon();
     let file = direct(&path);
     child.kill().unwrap();
@@ -515,9 +515,9 @@ fn stale_devices_fail_what_waits_for_them_when_they_are_removed() {
     assert!(asked.elapsed() < PATIENCE, "{:?}", asked.elapsed());
 }
 
-#[test]
-fn one_that_was_not_noted_yet_is_found() {
-    let Some(_turn) = turn() else { return };
+#[tokio::test]
+async fn one_that_was_not_noted_yet_is_found() {
+    let Some(_turn) = turn().await else { return };
     let before = devices();
     let (mut child, _) = daemon();
     child.kill().unwrap();
@@ -544,7 +544,7 @@ fn one_that_was_not_noted_yet_is_found() {
 
 #[tokio::test]
 async fn a_disk_slower_than_the_time_out_is_waited_for_and_not_asked_twice_at_once() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     for queues in [1, 3] {
         let recorder = Recorder::new();
         let disk = Device::open(recorder.clone()).await.unwrap();
@@ -606,7 +606,7 @@ impl Drop for Server {
 
 #[tokio::test]
 async fn an_export_is_handed_to_the_kernel() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let Some(server) = Server::nbdkit(&[], &[]) else {
         return;
     };
@@ -660,7 +660,7 @@ async fn an_export_is_handed_to_the_kernel() {
 
 #[tokio::test]
 async fn an_export_has_ended_when_its_server_has() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let Some(mut server) = Server::nbdkit(&[], &[]) else {
         return;
     };
@@ -677,7 +677,7 @@ async fn an_export_has_ended_when_its_server_has() {
 
 #[tokio::test]
 async fn an_export_that_the_kernel_cannot_use_is_attached_by_our_client() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let policy = [
         "blocksize-minimum=65536",
         "blocksize-preferred=65536",
@@ -711,7 +711,7 @@ async fn an_export_that_the_kernel_cannot_use_is_attached_by_our_client() {
 
 #[tokio::test]
 async fn an_export_that_cannot_zero_is_never_asked_to() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let Some(server) = Server::nbdkit(&["--filter=nozero"], &[]) else {
         return;
     };
@@ -734,7 +734,7 @@ async fn an_export_that_cannot_zero_is_never_asked_to() {
 
 #[tokio::test]
 async fn a_server_that_is_not_there_is_said_to_be_so() {
-    let Some(_turn) = turn() else { return };
+    let Some(_turn) = turn().await else { return };
     let refused = Builder::export("nbd+unix:///?socket=/nowhere")
         .attach()
         .await;
