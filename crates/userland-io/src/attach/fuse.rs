@@ -51,9 +51,13 @@ pub(super) async fn start<E: Engine>(
 }
 
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
-    match LoopDevice::find(&format!("/{}", file_name(record)))? {
-        Some(device) => device.remove(),
-        None => Ok(()),
+    let Some(device) = LoopDevice::find(&format!("/{}", file_name(record)))? else {
+        return Ok(());
+    };
+    match device.remove() {
+        // What was written last has nobody to go to, which whoever wrote it hears.
+        Err(_) if !device.is_there() => Ok(()),
+        other => other,
     }
 }
 
