@@ -89,6 +89,9 @@ pub enum DetachError {
         /// Why.
         error: io::Error,
     },
+    /// What the process that served it says: the device is gone, but something went wrong on the way.
+    #[error("{0}")]
+    Told(String),
     /// The device is gone, but the disk's last flush or its close failed.
     #[error("the disk could not be flushed or closed: {0}")]
     Disk(Error),

@@ -211,7 +211,7 @@ impl Listed {
             let answer = self.ask("detach\n", None).map_err(failed)?;
             return match answer.trim_end() {
                 "" => Ok(()),
-                text => Err(failed(io::Error::other(text.to_owned()))),
+                text => Err(DetachError::Told(text.to_owned())),
             };
         }
         way::remove_stale(&self.record).map_err(failed)?;

@@ -228,7 +228,8 @@ async fn keep<E: Engine>(
     let flushed = device.flush().await;
     if let Err(error) = flushed.and(device.close().await) {
         tracing::error!(%error, "the disk could not be flushed or closed");
-        result = result.and(Err(DetachError::Disk(error)));
+        // What the kernel may have said before is this in other words.
+        result = Err(DetachError::Disk(error));
     }
     if let Err(error) = &result {
         why.get_or_insert_with(|| error.to_string());
