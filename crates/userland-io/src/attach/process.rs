@@ -20,7 +20,8 @@ const OOM_SCORE: i32 = -900;
 /// * Marks the thread, and those it starts later, as ones that write back for others (`PR_SET_IO_FLUSHER`), so that
 ///   they get memory when there is none but what their own device could free.
 /// * Locks memory once it is touched (`mlockall` with `MCL_ONFAULT`), so that no request waits for a page that is to be
-///   read back. Memory that an engine keeps data in is locked with it: a disk in memory is never swapped out.
+///   read back. Memory that an engine keeps data in is locked with it: a disk in memory is never swapped out. What is freed goes
+///   back to the system all the same.
 /// * Asks the kernel to kill others first when memory is out.
 /// * Leaves a mount namespace whose last process this may be: the kernel would unmount what is mounted there, this
 ///   process's own devices too, before it lets go of them, and wait for ever. The new namespace follows the old one.
@@ -65,10 +66,27 @@ fn lock_memory() -> io::Result<()> {
     let flags = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
     // SAFETY: a system call that changes no memory's content and takes no pointer.
     match unsafe { libc::mlockall(flags) } {
-        0 => Ok(()),
+        0 => {
+            keep_heaps_small();
+            Ok(())
+        }
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// The C library's allocator gives back no part of a locked heap. So what is long, such as a part of a disk in memory, has a
+/// mapping of its own, now and after others like it were freed, and that goes when it does.
+#[cfg(target_env = "gnu")]
+fn keep_heaps_small() {
+    const LONG: libc::c_int = 128 << 10;
+    // SAFETY: it sets a number of the allocator's, under the allocator's lock.
+    if unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LONG) } == 0 {
+        tracing::debug!("mallopt: memory that is freed may stay with this process");
+    }
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn keep_heaps_small() {}
 
 /// Asks to be among the last that are killed for want of memory, unless somebody has asked for more.
 fn stay_alive() -> io::Result<()> {
