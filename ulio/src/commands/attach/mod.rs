@@ -5,6 +5,7 @@
 
 mod background;
 
+use std::io;
 use std::time::Duration;
 
 use userland_io::attach::{self, AttachError, Attached, Builder, DetachError, State};
@@ -33,10 +34,8 @@ pub(crate) fn run(arguments: Attach, registry: &Registry) -> Result<(), Failure>
         }
     }
     // Threads that are made from here on inherit it.
-    if let Err(error) = attach::protect() {
-        tracing::warn!(%error, "when memory is short this process may get stuck");
-    }
-    block_on(serve(arguments, plan, detached))
+    let protected = attach::protect();
+    block_on(serve(arguments, plan, detached, protected))
 }
 
 /// Refuses whoever is not root, before anything is opened or created.
@@ -47,7 +46,12 @@ pub(super) fn need_root(error: impl std::fmt::Display) -> Result<(), Failure> {
     }
 }
 
-async fn serve(arguments: Attach, plan: Plan, detached: Option<Detached>) -> Result<(), Failure> {
+async fn serve(
+    arguments: Attach,
+    plan: Plan,
+    detached: Option<Detached>,
+    protected: io::Result<()>,
+) -> Result<(), Failure> {
     let service = Service::find();
     // Before an image is created: from here on a signal ends it in order.
     let mut signals = Signals::listen()?;
@@ -69,7 +73,7 @@ async fn serve(arguments: Attach, plan: Plan, detached: Option<Detached>) -> Res
         }
     };
     let attached = attached.map_err(|error| Failure::Failed(error.to_string()))?;
-    let told = announce(&attached, &plan, arguments.background)
+    let told = announce(&attached, &plan, arguments.background, protected)
         .and_then(|()| detached.map_or(Ok(()), Detached::ready));
     if let Err(failure) = told {
         // Nobody was told where it is. What comes of its end matters less than why.
@@ -135,7 +139,12 @@ fn waiting(label: &str) -> Result<Option<std::path::PathBuf>, Failure> {
 }
 
 /// Tells programs where the device is, and people how it came about.
-fn announce(attached: &Attached, plan: &Plan, background: bool) -> Result<(), Failure> {
+fn announce(
+    attached: &Attached,
+    plan: &Plan,
+    background: bool,
+    protected: io::Result<()>,
+) -> Result<(), Failure> {
     let path = attached.path().display();
     let mut results = Results::begin();
     match results.line(&path).and_then(|()| results.end()) {
@@ -149,7 +158,10 @@ fn announce(attached: &Attached, plan: &Plan, background: bool) -> Result<(), Fa
         "attached `{plan}`, {size}, by {via}; {end}`ulio detach {path}` detaches it"
     ));
     for passed in attached.passed_over() {
-        note(&one_line(&format!("  not by {passed}")));
+        note(&format!("  not by {}", one_line(&passed.to_string())));
+    }
+    if let Err(error) = protected {
+        note(&format!("  it may get stuck when memory is short: {error}"));
     }
     Ok(())
 }
