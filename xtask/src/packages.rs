@@ -26,6 +26,10 @@ const PACKAGES: &[(&str, &str)] = &[
         "qemu-utils",
         "qemu-img, qemu-io and qemu-nbd: clients, and a server that our client talks to",
     ),
+    (
+        "systemd",
+        "systemd-analyze: the unit of a service is understood",
+    ),
     ("xz-utils", "unpacks the modules of a guest's kernel"),
     ("zstd", "unpacks a guest's kernel"),
 ];

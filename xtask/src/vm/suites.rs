@@ -23,9 +23,17 @@ struct Suite {
 }
 
 /// The table. A line more is all that another suite takes.
-const SUITES: &[Suite] = &[uml("kernel_nbd", &[]), uml("attach_lifecycle", UBLK)];
+const SUITES: &[Suite] = &[
+    uml("kernel_nbd", &[]),
+    uml("attach_lifecycle", UBLK),
+    of_ulio(uml("attach", UBLK)),
+    of_ulio(uml("attach", NBD)),
+    of_ulio(uml("attach_recovery", UBLK)),
+    of_ulio(uml("attach_recovery", NBD)),
+];
 
 const UBLK: &[(&str, &str)] = &[("ULIO_VIA", "ublk")];
+const NBD: &[(&str, &str)] = &[("ULIO_VIA", "nbd")];
 
 /// All tests of a program of the library's, in User-Mode Linux.
 const fn uml(test: &'static str, env: &'static [(&'static str, &'static str)]) -> Suite {
@@ -36,6 +44,12 @@ const fn uml(test: &'static str, env: &'static [(&'static str, &'static str)]) -
         kernel: Engine::Uml,
         env,
     }
+}
+
+/// Of the command line's rather than the library's.
+const fn of_ulio(mut suite: Suite) -> Suite {
+    suite.package = "ulio";
+    suite
 }
 
 /// The longest time that one guest may take, in seconds.
