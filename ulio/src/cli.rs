@@ -14,6 +14,8 @@ use userland_io::stack::{parse_duration, parse_size};
 use userland_io::transports::nbd::{Uri, UriError};
 use userland_io_testing::Script;
 
+use crate::files;
+
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
     .usage(AnsiColor::Green.on_default().bold())
@@ -58,9 +60,9 @@ pub(crate) enum Command {
     Man(Man),
 }
 
-/// Serve disks to NBD clients
+/// Serve disks to NBD clients, or as files
 ///
-/// Prints the URI of each export on stdout, and commands to try on stderr. Ctrl-C or SIGTERM ends it: requests
+/// Prints the URI of each export, or the file's path, on stdout, and commands to try on stderr. Ctrl-C or SIGTERM ends it: requests
 /// in flight are finished, the disks flushed and closed, and the exit code tells whether that went well. A second
 /// signal leaves at once. Started by systemd's socket activation it takes the sockets that it is handed.
 #[derive(Debug, Args)]
@@ -68,6 +70,7 @@ pub(crate) enum Command {
 Examples:
   ulio serve file:disk.img,size=10G
   ulio serve memory:1G --listen unix:/run/disk.sock
+  ulio serve file:disk.img --listen fuse:/tmp/disk
   ulio serve --export a=file:a.img --export b='file:b.img delay:read=5ms' --listen nbd://[::1]:10810")]
 pub(crate) struct Serve {
     /// The words of the default export's stack, bottom first, one argument each
@@ -78,7 +81,10 @@ pub(crate) struct Serve {
     #[arg(long, short, value_name = "NAME=STACK", value_parser = export)]
     pub(crate) export: Vec<Export>,
 
-    /// Where to listen: `nbd://HOST[:PORT]` or `unix:PATH`
+    /// Where to listen: `nbd://HOST[:PORT]` or `unix:PATH`; `fuse:PATH` is a file
+    ///
+    /// `fuse:PATH` makes the one disk that is served appear as a file there, by FUSE (Linux; as root, or with fusermount3
+    /// installed). The file is made if nothing is there, and gone in the end. With it alone, there is no NBD server.
     ///
     /// `HOST:PORT` is short for `nbd://HOST:PORT`, and `unix:PATH` for `nbd+unix:///?socket=PATH`; port 0 takes a free
     /// one. May be given several times. The default is port 10809 of this machine only, `nbd://127.0.0.1:10809` and
@@ -423,7 +429,9 @@ fn export(text: &str) -> Result<Export, String> {
 
 /// Checks an address, so that a slip in it is a usage error and comes before anything is opened.
 fn listen(text: &str) -> Result<String, String> {
-    if !text.starts_with("systemd:") {
+    if let Some(path) = files::path(text) {
+        files::check(path)?;
+    } else if !text.starts_with("systemd:") {
         let uri: Uri = text.parse().map_err(|error: UriError| error.to_string())?;
         if !uri.export().is_empty() {
             return Err(format!(

@@ -7,6 +7,7 @@
 mod cli;
 mod commands;
 mod errors;
+mod files;
 mod logging;
 mod output;
 mod process;

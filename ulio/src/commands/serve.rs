@@ -1,4 +1,4 @@
-//! `ulio serve`: disks for NBD clients, until a signal ends it.
+//! `ulio serve`: disks for NBD clients, and as files, until a signal ends it.
 //!
 //! All words are read before anything is opened, and all disks opened before
 //! anybody can connect. In the end: the server finishes what is in flight and
@@ -11,6 +11,7 @@ use userland_io::{Device, Result as IoResult};
 
 use crate::cli::Serve;
 use crate::errors::Failure;
+use crate::files::{self, Files};
 use crate::output::{Results, note, size};
 use crate::signals::Signals;
 use crate::stacks;
@@ -24,24 +25,55 @@ pub(crate) async fn run(arguments: Serve, registry: &Registry) -> Result<(), Fai
     let plans = plans(&arguments, registry)?;
     // Before an image is created: from here on a signal ends it in order.
     let mut signals = Signals::listen()?;
-    let (server, disks) = tokio::select! {
+    let (served, disks) = tokio::select! {
         started = start(&arguments, &plans) => started?,
         () = signals.next() => return Err(Failure::Failed("interrupted before it served".to_owned())),
     };
-    if let Err(failure) = announce(&arguments, &server, &disks) {
+    if let Err(failure) = announce(&arguments, &served, &disks) {
         // Nobody was told where to find it. What comes of ending it matters less than why.
-        let _ = server.shutdown().await;
+        let _ = served.end().await;
         let _ = close(disks).await;
         return Err(failure);
     }
 
-    signals.next().await;
+    tokio::select! {
+        () = signals.next() => {}
+        () = served.ended() => note("the file was unmounted"),
+    }
     note("stopping: finishing requests and flushing; once more leaves at once");
     signals.leave_on_next("without waiting for the disks");
-    let served = server.shutdown().await;
+    let ended = served.end().await;
     let closed = close(disks).await;
-    served.map_err(|error| Failure::of("flushing the disks", error))?;
+    ended?;
     closed
+}
+
+/// What disks are reached by.
+struct Served {
+    /// `None` if there are files alone.
+    server: Option<ServerHandle>,
+    files: Files,
+}
+
+impl Served {
+    /// Resolves when nothing is left by which a disk could be reached.
+    async fn ended(&self) {
+        match self.server {
+            Some(_) => std::future::pending().await,
+            None => self.files.ended().await,
+        }
+    }
+
+    /// Finishes what is in flight, and flushes.
+    async fn end(self) -> Result<(), Failure> {
+        let unmounted = self.files.unmount().await;
+        let ended = match self.server {
+            Some(server) => server.shutdown().await,
+            None => Ok(()),
+        };
+        ended.map_err(|error| Failure::of("flushing the disks", error))?;
+        unmounted
+    }
 }
 
 /// An export.
@@ -52,6 +84,14 @@ struct Disk {
 }
 
 impl Disk {
+    /// The disk as it is served.
+    fn shown(&self, arguments: &Serve) -> Device {
+        match arguments.read_only {
+            true => self.device.read_only(),
+            false => self.device.clone(),
+        }
+    }
+
     fn read_only(&self, arguments: &Serve) -> bool {
         arguments.read_only || self.device.geometry().is_read_only()
     }
@@ -61,7 +101,7 @@ impl Disk {
 async fn start(
     arguments: &Serve,
     plans: &[(String, Plan)],
-) -> Result<(ServerHandle, Vec<Disk>), Failure> {
+) -> Result<(Served, Vec<Disk>), Failure> {
     let mut disks = Vec::new();
     for (name, plan) in plans {
         match stacks::open(plan).await {
@@ -74,10 +114,10 @@ async fn start(
         }
     }
     match bind(arguments, &disks).await {
-        Ok(server) => Ok((server, disks)),
-        Err(error) => {
+        Ok(served) => Ok((served, disks)),
+        Err(failure) => {
             close(disks).await?;
-            Err(Failure::Failed(error.to_string()))
+            Err(failure)
         }
     }
 }
@@ -99,10 +139,62 @@ fn plans(arguments: &Serve, registry: &Registry) -> Result<Vec<(String, Plan)>, 
         }
         plans.push((export.name.clone(), registry.parse(&export.stack)?));
     }
+    let wants_file = arguments
+        .listen
+        .iter()
+        .any(|address| files::path(address).is_some());
+    if wants_file && plans.len() > 1 {
+        return Err(Failure::Usage(format!(
+            "a file is one disk, and this would serve {}: leave --listen fuse:... or all exports but one out",
+            plans.len()
+        )));
+    }
     Ok(plans)
 }
 
-async fn bind(arguments: &Serve, disks: &[Disk]) -> IoResult<ServerHandle> {
+async fn bind(arguments: &Serve, disks: &[Disk]) -> Result<Served, Failure> {
+    let files = mount(arguments, disks).await?;
+    let addresses: Vec<&String> = arguments
+        .listen
+        .iter()
+        .filter(|address| files::path(address).is_none())
+        .collect();
+    if addresses.is_empty() && !arguments.listen.is_empty() {
+        return Ok(Served {
+            server: None,
+            files,
+        });
+    }
+    match bind_server(arguments, &addresses, disks).await {
+        Ok(server) => Ok(Served {
+            server: Some(server),
+            files,
+        }),
+        Err(error) => {
+            files.unmount().await?;
+            Err(Failure::Failed(error.to_string()))
+        }
+    }
+}
+
+/// Mounts the files that were asked for.
+async fn mount(arguments: &Serve, disks: &[Disk]) -> Result<Files, Failure> {
+    let paths: Vec<_> = arguments
+        .listen
+        .iter()
+        .filter_map(|address| files::path(address))
+        .collect();
+    match disks {
+        [disk] if !paths.is_empty() => Files::mount(&disk.shown(arguments), &paths).await,
+        _ => Ok(Files::default()),
+    }
+}
+
+async fn bind_server(
+    arguments: &Serve,
+    addresses: &[&String],
+    disks: &[Disk],
+) -> IoResult<ServerHandle> {
     let mut limits = Limits::default();
     limits.handshake_timeout = arguments.handshake_timeout;
     limits.max_connections = arguments.max_connections;
@@ -110,15 +202,11 @@ async fn bind(arguments: &Serve, disks: &[Disk]) -> IoResult<ServerHandle> {
         .limits(limits)
         .socket_mode(arguments.socket_mode);
     for disk in disks {
-        let device = match arguments.read_only {
-            true => disk.device.read_only(),
-            false => disk.device.clone(),
-        };
         server = server
-            .export(&disk.name, device)
+            .export(&disk.name, disk.shown(arguments))
             .description(description(&disk.stack));
     }
-    match (arguments.listen.as_slice(), is_activated()) {
+    match (addresses, is_activated()) {
         ([], true) => server.bind([ACTIVATED]).await,
         ([], false) => server.bind([DEFAULT_ADDRESS]).await,
         (addresses, _) => server.bind(addresses).await,
@@ -157,18 +245,18 @@ async fn close(disks: Vec<Disk>) -> Result<(), Failure> {
 }
 
 /// Tells programs where the exports are, and people what to type.
-fn announce(arguments: &Serve, server: &ServerHandle, disks: &[Disk]) -> Result<(), Failure> {
+fn announce(arguments: &Serve, served: &Served, disks: &[Disk]) -> Result<(), Failure> {
     let exports: Vec<_> = disks
         .iter()
-        .map(|disk| About::new(disk, server, arguments))
+        .map(|disk| About::new(disk, served, arguments))
         .collect();
     let mut results = Results::begin();
     let told = match arguments.json {
         true => results.json(&serde_json::json!({ "exports": exports })),
         false => exports
             .iter()
-            .flat_map(|export| &export.uris)
-            .try_for_each(|uri| results.line(uri)),
+            .flat_map(|export| export.uris.iter().chain(&export.files))
+            .try_for_each(|place| results.line(place)),
     };
     match told.and_then(|()| results.end()) {
         // It serves all the same.
@@ -185,7 +273,15 @@ fn announce(arguments: &Serve, server: &ServerHandle, disks: &[Disk]) -> Result<
     note(&format!(
         "serving {what}; Ctrl-C flushes and stops. To try in another terminal:"
     ));
-    for command in to_try(&server.uri(&first.name), first.read_only(arguments)) {
+    let read_only = first.read_only(arguments);
+    let mut commands = Vec::new();
+    if let Some(server) = &served.server {
+        commands = to_try(&server.uri(&first.name), read_only);
+    }
+    if let Some(file) = served.files.paths().next() {
+        commands.extend(to_try_with(&quoted(&file.display().to_string()), read_only));
+    }
+    for command in commands {
         note(&format!("  {command}"));
     }
     Ok(())
@@ -197,17 +293,23 @@ struct About<'a> {
     size: u64,
     read_only: bool,
     uris: Vec<String>,
+    files: Vec<String>,
 }
 
 impl<'a> About<'a> {
-    fn new(disk: &'a Disk, server: &ServerHandle, arguments: &Serve) -> Self {
-        let addresses = server.addresses().iter();
+    fn new(disk: &'a Disk, served: &Served, arguments: &Serve) -> Self {
+        let addresses = served.server.iter().flat_map(ServerHandle::addresses);
         About {
             name: &disk.name,
             size: disk.device.geometry().size,
             read_only: disk.read_only(arguments),
             uris: addresses
                 .map(|address| Uri::new(address.clone(), &disk.name).to_string())
+                .collect(),
+            files: served
+                .files
+                .paths()
+                .map(|path| path.display().to_string())
                 .collect(),
         }
     }
@@ -239,6 +341,16 @@ fn to_try(uri: &Uri, read_only: bool) -> Vec<String> {
         )),
         _ => {}
     }
+    list
+}
+
+/// Commands for a file.
+fn to_try_with(file: &str, read_only: bool) -> Vec<String> {
+    let mut list = vec![format!("qemu-img info -f raw {file}")];
+    if !read_only {
+        list.push(format!("mkfs.ext4 {file}"));
+    }
+    list.push(format!("sudo losetup --direct-io=on --find --show {file}"));
     list
 }
 
