@@ -5,6 +5,7 @@
 //! then [`simulate`] says why.
 
 use std::cell::RefCell;
+use std::io::{Seek, SeekFrom};
 
 use userland_io::stack::{Plan, Registry};
 use userland_io::{
@@ -24,10 +25,7 @@ const REAL: [(&str, &str); 3] = [
     ("partition", "needs a partition table on the disk"),
 ];
 
-/// The layers that do the same on a disk of any length.
-const ANY_LENGTH: [&str; 2] = ["readonly", "stats"];
-
-/// How long a simulated disk is at most where its length changes nothing: a blank one is made for every run.
+/// How long a simulated disk is at most beyond what the layers need of it: a blank one is made for every run.
 const ENOUGH: u64 = 1 << 20;
 
 /// The block of a simulated disk in bytes: what a crash does not tear.
@@ -63,26 +61,33 @@ pub fn simulate(registry: &Registry, plan: &Plan) -> Result<Simulation, String> 
             "`{name}` keeps its bytes elsewhere than on a disk below"
         ));
     }
-    let mut any_length = true;
+    let mut needed = Some(0_u64);
     for layer in words {
-        let layer = layer.entry().name;
-        if let Some((_, why)) = REAL.iter().find(|(name, _)| *name == layer) {
-            return Err(format!("`{layer}` {why}"));
+        let name = layer.entry().name;
+        if let Some((_, why)) = REAL.iter().find(|(real, _)| *real == name) {
+            return Err(format!("`{name}` {why}"));
         }
-        any_length &= ANY_LENGTH.contains(&layer);
+        needed = match (needed, name) {
+            (_, "readonly" | "stats") => needed,
+            (Some(needed), "offset") => {
+                let [start, size] = ["start", "size"].map(|key| layer.get::<u64>(key));
+                let window = start.unwrap_or(0).saturating_add(size.unwrap_or(0));
+                Some(needed.saturating_add(window))
+            }
+            _ => None,
+        };
     }
     let given: Option<u64> = bottom.get("size");
     let size = match given {
         Some(size) => size,
         None => bottom
             .get::<std::path::PathBuf>("path")
-            .and_then(|path| path.metadata().ok())
-            .map(|found| found.len())
+            .and_then(|path| length(&path))
             .ok_or("how long is it? Give a size, such as file:disk.img,size=1M")?,
     };
-    let size = match any_length {
-        true => size.min(ENOUGH),
-        false => size,
+    let size = match needed {
+        Some(needed) => size.min(needed.saturating_add(ENOUGH)),
+        None => size,
     };
     let mut simulated = registry.clone();
     for (_, entry) in registry.entries() {
@@ -110,6 +115,15 @@ pub fn simulate(registry: &Registry, plan: &Plan) -> Result<Simulation, String> 
         block: BLOCK,
         plan,
     })
+}
+
+/// How long a file or a block device is.
+fn length(path: &std::path::Path) -> Option<u64> {
+    let mut file = std::fs::File::open(path).ok()?;
+    match file.metadata().ok()?.is_dir() {
+        true => None,
+        false => file.seek(SeekFrom::End(0)).ok(),
+    }
 }
 
 impl Simulation {

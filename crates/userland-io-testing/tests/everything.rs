@@ -3,10 +3,13 @@
 
 #[path = "common/runtime.rs"]
 mod runtime;
+#[path = "common/table.rs"]
+mod table;
 
 use std::path::{Path, PathBuf};
 
 use runtime::block_on;
+use table::table;
 use userland_io::stack::Registry;
 use userland_io::{AnyEngine, CrashLevel, Error, ErrorKind, Result};
 use userland_io_testing::check::Clause;
@@ -128,6 +131,10 @@ fn files(dir: &Path, direct: bool) {
         each(&[&format!("file:{path},direct")], 25);
     }
     each(&[&format!("file:{path} offset:50K stats delay:5us")], 15);
+    let path = dir.join("parted.img");
+    let image = [&table(3, 200)[..], &[0xa5; 120_000]].concat();
+    std::fs::write(&path, image).unwrap();
+    each(&[&format!("file:{} partition:1", path.display())], 15);
 }
 
 #[test]

@@ -1,7 +1,11 @@
 //! The library's layers keep what the disk below them promises, alone and three deep.
 
-use userland_io::layers::{Fault, Offset, Operation, Stats};
-use userland_io::{AnyEngine, EngineExt};
+#[path = "common/table.rs"]
+mod table;
+
+use table::table;
+use userland_io::layers::{Fault, Offset, Operation, PartitionTable, Stats};
+use userland_io::{AnyEngine, Checked, Engine, EngineExt, Layer, WriteBuf, WriteFlags};
 use userland_io_testing::reference::{LogDisk, MapDisk};
 use userland_io_testing::script::Mix;
 use userland_io_testing::sim::DiskConfig;
@@ -51,6 +55,22 @@ fn a_window_that_starts_within_a_block_is_a_disk() {
             move |disk| async move { disk.layer(Offset::new(start).size(8 * 64 + 7)) },
         ));
     }
+}
+
+#[test]
+fn a_partition_is_a_disk() {
+    passes(Subject::new(
+        "partition",
+        DiskConfig::new(13 * 512, 512),
+        async |disk| {
+            let disk = Checked::new(disk)?;
+            let table = table(2, 10);
+            let buf = WriteBuf::new(&table);
+            disk.write(&buf, 0, WriteFlags::FUA).await?;
+            let first = PartitionTable::read(&disk).await?.get(1)?;
+            first.window().layer(disk)
+        },
+    ));
 }
 
 #[test]

@@ -76,7 +76,8 @@ fn no_false_alarm_on_slow_disks_that_fill_up() {
 fn every_image_of_every_crash_point_is_legal() {
     for subject in subjects() {
         let scope = Scope {
-            seeds: 0..std::env::var("SCOPES").map_or(3, |n| n.parse().expect("SCOPES is a number")),
+            seeds: 0..std::env::var("SCOPES")
+                .map_or(10, |n| n.parse().expect("SCOPES is a number")),
             ..Scope::default()
         };
         match exhaustive(&subject, &scope) {

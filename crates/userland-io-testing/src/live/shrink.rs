@@ -6,6 +6,7 @@ use super::run::Session;
 use super::{Executor, Live};
 use crate::Script;
 use crate::check::Verdict;
+use crate::script::End;
 
 /// How often each smaller script gets the chance to fail.
 const TIMES: u32 = 30;
@@ -23,6 +24,7 @@ pub(super) async fn shrink<X: Executor>(
     };
     search.rounds().await;
     while search.actions().await {}
+    search.ends().await;
     (search.best, search.verdict)
 }
 
@@ -64,6 +66,20 @@ impl<X: Executor> Search<'_, '_, X> {
             }
         }
         smaller && Instant::now() < self.until
+    }
+
+    /// Takes away what rounds end with, and the errors below.
+    async fn ends(&mut self) {
+        for round in 0..self.best.rounds.len() {
+            let mut next = self.best.clone();
+            if next.rounds[round].fault.take().is_some() {
+                self.fails(next).await;
+            }
+            let mut next = self.best.clone();
+            if std::mem::replace(&mut next.rounds[round].end, End::Done) != End::Done {
+                self.fails(next).await;
+            }
+        }
     }
 
     async fn fails(&mut self, script: Script) -> bool {

@@ -158,8 +158,11 @@ impl Desk<'_> {
 /// What an operation of a script is on this disk, if it has it.
 pub(crate) fn request(op: Op, shape: Shape, geometry: &Geometry) -> Option<Request> {
     let cells = shape.cells();
+    if cells == 0 && op != Op::Flush {
+        return None;
+    }
     let place = |at: u16, len: u16| -> Range<usize> {
-        let at = usize::from(at) % cells.max(1);
+        let at = usize::from(at) % cells;
         at..(at + usize::from(len).max(1)).min(cells)
     };
     let request = match op {

@@ -6,7 +6,7 @@ use std::pin::Pin;
 
 use userland_io::{AnyEngine, Checked, Engine, Result};
 
-use crate::sim::{DiskConfig, SimDisk};
+use crate::sim::{DiskConfig, SimDisk, World};
 
 type Opening = Pin<Box<dyn Future<Output = Result<Vec<Checked<AnyEngine>>>>>>;
 
@@ -89,6 +89,21 @@ impl Subject {
     /// What opening answers.
     pub async fn open_real(&self) -> Result<Vec<Checked<AnyEngine>>> {
         (self.open)(Vec::new()).await
+    }
+
+    /// Opens it once over blank simulated disks, for what is not a run.
+    ///
+    /// # Errors
+    /// What opening answers.
+    pub fn open_blank(&self) -> Result<()> {
+        let world = World::new(0);
+        let disks = self.disks.iter();
+        let disks = disks.map(|config| SimDisk::new(&world, config.clone()));
+        match world.run((self.open)(disks.collect())) {
+            Some(Err(error)) => Err(error),
+            // What never ends is for a run to tell.
+            Some(Ok(_)) | None => Ok(()),
+        }
     }
 
     /// True if it stands on no simulated disk.

@@ -35,9 +35,10 @@ pub(super) async fn served(
     scripts(&subject, name, false, arguments, signals).await
 }
 
-/// A stack as it is.
+/// A stack as it is; `why` says why it is not simulated.
 pub(super) async fn real(
     plan: Plan,
+    why: &str,
     arguments: &Torture,
     signals: &mut Signals,
 ) -> Result<(), Failure> {
@@ -47,6 +48,9 @@ pub(super) async fn real(
     // What is wrong with the words, or the disk, is said as everywhere else.
     let engine = crate::stacks::open(&plan).await?;
     crate::stacks::close(engine, &name).await?;
+    note(&format!(
+        "no crashes, because nothing is simulated: {why}; the checks run on the disk itself"
+    ));
     let subject = Subject::over(name.clone(), Vec::new(), move |_| {
         let plan = plan.clone();
         async move { fronts(&plan, through, clients).await }

@@ -30,8 +30,14 @@ pub(crate) async fn run(arguments: Torture, registry: &Registry) -> Result<(), F
         true => Err("--real says so".to_owned()),
         false => simulate(registry, &plan),
     };
+    if matches!(&simulation, Ok(simulation) if simulation.size == 0) {
+        return Err(Failure::Usage(format!("`{plan}` has no bytes to check")));
+    }
     match simulation {
         Ok(simulation) => {
+            // What is wrong with the words breaks no promise.
+            let opened = simulation.subject(None).open_blank();
+            opened.map_err(|error| Failure::Failed(error.to_string()))?;
             let len = size(simulation.size);
             note(&format!(
                 "`{}` is played by a simulated disk: {len} in blocks of {} bytes, which fails and crashes; nothing real is touched",
@@ -48,10 +54,7 @@ pub(crate) async fn run(arguments: Torture, registry: &Registry) -> Result<(), F
                 return Err(Failure::Usage(format!("{rule}: {why}")));
             }
             consent(&plan, &arguments)?;
-            note(&format!(
-                "no crashes, because nothing is simulated: {why}; the checks run on the disk itself"
-            ));
-            live::real(plan, &arguments, &mut signals).await
+            live::real(plan, &why, &arguments, &mut signals).await
         }
     }
 }
