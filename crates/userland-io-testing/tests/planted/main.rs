@@ -2,6 +2,7 @@
 //!
 //! Prints a table: how many seeds it took, how many of a thousand show it, and what a run costs.
 
+mod bug;
 mod cache;
 mod journal;
 mod log;
@@ -10,42 +11,11 @@ mod pass;
 
 use std::time::Instant;
 
+use bug::Bug;
 use userland_io_testing::check::Clause;
 use userland_io_testing::script::Mix;
 use userland_io_testing::sim::{AfterFailedFlush, DiskConfig};
 use userland_io_testing::{Subject, Torture};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Bug {
-    None,
-    // The ten of the contract.
-    FlushDoesNothing,
-    FuaIgnored,
-    FlushOfOwnQueueOnly,
-    ZeroesShowWhatLiesBelow,
-    TornBlock,
-    LateHolePunch,
-    StaleCachePerQueue,
-    MetadataBeforeData,
-    ReorderingUnderPrefix,
-    MapOnlyAtFlushUnderKill,
-    // And more.
-    ShortRead,
-    LastBlockOffByOne,
-    StaleExtents,
-    DiscardBelowGranularity,
-    LostError,
-    LateSecondLeg,
-    DroppedFutureActsAfterFlush,
-    WrongFuaSplit,
-    LatchedErrorForgotten,
-    SlotReusedBeforeFlush,
-    OldRecordsComeBack,
-    SyncWithoutFlush,
-    TornUnit,
-    FlushErrorSwallowed,
-    RecoveryWithoutFlush,
-}
 
 #[derive(Clone, Copy)]
 enum Vehicle {

@@ -1,0 +1,33 @@
+//! Which bug an engine has.
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bug {
+    None,
+    // The ten of the contract.
+    FlushDoesNothing,
+    FuaIgnored,
+    FlushOfOwnQueueOnly,
+    ZeroesShowWhatLiesBelow,
+    TornBlock,
+    LateHolePunch,
+    StaleCachePerQueue,
+    MetadataBeforeData,
+    ReorderingUnderPrefix,
+    MapOnlyAtFlushUnderKill,
+    // And more.
+    ShortRead,
+    LastBlockOffByOne,
+    StaleExtents,
+    DiscardBelowGranularity,
+    LostError,
+    LateSecondLeg,
+    DroppedFutureActsAfterFlush,
+    WrongFuaSplit,
+    LatchedErrorForgotten,
+    SlotReusedBeforeFlush,
+    OldRecordsComeBack,
+    SyncWithoutFlush,
+    TornUnit,
+    FlushErrorSwallowed,
+    RecoveryWithoutFlush,
+}
