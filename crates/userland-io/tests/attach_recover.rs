@@ -1,0 +1,188 @@
+//! A process that serves a disk dies, and another carries on where it was: nobody who uses the disk notices.
+#![cfg(all(feature = "attach", target_os = "linux"))]
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use userland_io::attach::{AttachError, Attached, Builder, State, Via, list};
+use userland_io::stack::Registry;
+use userland_io::{AnyEngine, Device};
+
+#[path = "common/attach.rs"]
+mod attach;
+#[path = "common/children.rs"]
+mod children;
+#[path = "common/clients.rs"]
+mod clients;
+#[path = "common/need.rs"]
+mod need;
+use attach::{Aligned, attached_as, detach, direct, until, via};
+use children::Child;
+use clients::assert_same;
+
+const SIZE: u64 = 4 << 20;
+/// The file that a child serves.
+const FILE: &str = "ULIO_TEST_FILE";
+
+async fn disk(file: &Path, size: u64) -> Device<AnyEngine> {
+    let words = [format!("file:{},size={size}", file.display())];
+    let engine = Registry::builtin().open_args(&words).await.unwrap();
+    Device::open(engine).await.unwrap()
+}
+
+async fn resumed(file: &Path, size: u64, path: &Path) -> Result<Attached, AttachError> {
+    let device = disk(file, size).await;
+    Builder::new(device)
+        .via(Via::Ublk)
+        .resume(path)
+        .attach()
+        .await
+}
+
+#[tokio::test]
+async fn ways_that_cannot_recover_say_so() {
+    if via() == Via::Ublk {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let device = disk(&directory.path().join("disk"), SIZE).await;
+    let builder = Builder::new(device).via(via()).recoverable(true);
+    match builder.attach().await {
+        Err(AttachError::NoWay(passed)) => {
+            let [reason] = &passed[..] else {
+                panic!("{passed:?}");
+            };
+            assert!(reason.to_string().contains("only ublk"), "{reason}");
+        }
+        Err(AttachError::NotRoot) => need::impossible("only root makes block devices"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn requests_under_way_are_done_by_the_next_process() {
+    if via() != Via::Ublk {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("disk");
+    let Some(mut child) = Child::with("child_that_serves_a_file", |command| {
+        command.env(FILE, &file)
+    }) else {
+        return;
+    };
+    let path = PathBuf::from(child.said("attached"));
+    let load = Load::start(&path);
+    load.wait_for(50);
+    child.kill();
+    let waiting = list()
+        .unwrap()
+        .into_iter()
+        .find(|listed| listed.pid() == child.id());
+    assert_eq!(waiting.unwrap().state(), State::Waiting);
+
+    // Another disk is refused, and the device waits on.
+    let longer = directory.path().join("longer");
+    let refused = resumed(&longer, 2 * SIZE, &path).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("was made for another disk"),
+        "{refused}"
+    );
+
+    let second = resumed(&file, SIZE, &path).await.unwrap();
+    assert_eq!((second.path(), second.size()), (&*path, SIZE));
+    load.wait_for(50);
+    // While its process lives, nobody takes it.
+    let like_it = directory.path().join("like it");
+    let third = resumed(&like_it, SIZE, &path).await.unwrap_err();
+    assert!(
+        third.to_string().contains("is being served by process"),
+        "{third}"
+    );
+    let model = load.end();
+    assert_same(&model, &std::fs::read(&file).unwrap(), "the file");
+    detach(second).await;
+    assert!(
+        list()
+            .unwrap()
+            .iter()
+            .all(|listed| listed.path() != Some(&path))
+    );
+}
+
+/// Threads that write and read back, and do not take an error.
+struct Load {
+    stop: &'static AtomicBool,
+    done: &'static AtomicU64,
+    threads: Vec<thread::JoinHandle<Vec<u8>>>,
+}
+
+impl Load {
+    const THREADS: u64 = 8;
+
+    fn start(path: &Path) -> Self {
+        let stop: &AtomicBool = Box::leak(Box::default());
+        let done: &AtomicU64 = Box::leak(Box::default());
+        let part = SIZE / Self::THREADS;
+        let threads = (0..Self::THREADS).map(|index| {
+            let path = path.to_owned();
+            thread::spawn(move || {
+                let file = direct(&path);
+                let mut random = fastrand::Rng::with_seed(index);
+                let mut model = vec![0; part as usize];
+                while !stop.load(Ordering::Relaxed) {
+                    let len = 4096 * random.usize(1..8);
+                    let at = 4096 * random.usize(0..(model.len() - len) / 4096);
+                    let mut memory = Aligned::filled(len, random.u8(..));
+                    file.write_all_at(&memory, index * part + at as u64)
+                        .unwrap();
+                    model[at..at + len].copy_from_slice(&memory);
+                    memory.fill(0);
+                    file.read_exact_at(&mut memory, index * part + at as u64)
+                        .unwrap();
+                    assert_same(&model[at..at + len], &memory, "read back");
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+                file.sync_all().unwrap();
+                model
+            })
+        });
+        Load {
+            stop,
+            done,
+            threads: threads.collect(),
+        }
+    }
+
+    /// Waits for so many more of them.
+    fn wait_for(&self, more: u64) {
+        let target = self.done.load(Ordering::Relaxed) + more;
+        until("the load goes on", || {
+            assert!(!self.threads.iter().any(thread::JoinHandle::is_finished));
+            self.done.load(Ordering::Relaxed) >= target
+        });
+    }
+
+    /// Ends it, and gives what the device has to hold.
+    fn end(self) -> Vec<u8> {
+        self.stop.store(true, Ordering::Relaxed);
+        let models = self
+            .threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap());
+        models.collect::<Vec<_>>().concat()
+    }
+}
+
+#[tokio::test]
+#[ignore = "another test's child process"]
+async fn child_that_serves_a_file() {
+    let device = disk(Path::new(&std::env::var_os(FILE).unwrap()), SIZE).await;
+    if let Some(disk) = attached_as(&device, |builder| builder.recoverable(true)).await {
+        children::say("attached", disk.path().display());
+        std::future::pending::<()>().await;
+    }
+    children::say("skipped", "");
+}
