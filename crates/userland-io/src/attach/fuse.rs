@@ -99,6 +99,10 @@ impl Attached {
         // The kernel takes this anew with each file. Other attributes would stay for whoever has the device next.
         let is_rotational = geometry.features.contains(Features::ROTATIONAL);
         device.set("rotational", if is_rotational { "1" } else { "0" });
+        // Somebody may have told the kernel to leave flushes out, and it still does so with this file.
+        if geometry.needs_flush() {
+            device.set("write_cache", "write back");
+        }
         Ok(Attached {
             path: device.path(),
             size,
