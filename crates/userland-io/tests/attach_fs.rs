@@ -2,51 +2,24 @@
 #![cfg(all(feature = "attach", target_os = "linux"))]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use tempfile::TempDir;
 use userland_io::engines::Memory;
 
 #[path = "common/attach.rs"]
 mod attach;
 #[path = "common/clients.rs"]
 mod clients;
+#[path = "common/mounted.rs"]
+mod mounted;
 #[path = "common/need.rs"]
 mod need;
 use attach::{attached_as, detach, opened};
-use clients::{run, succeed};
+use clients::succeed;
+use mounted::Mounted;
 
 const MIB: u64 = 1 << 20;
-
-/// A file system that is mounted until this is dropped.
-struct Mounted {
-    directory: TempDir,
-    umount: PathBuf,
-}
-
-impl Mounted {
-    fn new(device: &Path) -> Self {
-        let [mount, umount] = ["mount", "umount"].map(|name| need::program(name).unwrap());
-        let directory = tempfile::tempdir().unwrap();
-        let (from, to) = (device.to_str().unwrap(), directory.path().to_str().unwrap());
-        succeed(&mount, &["-t", "ext4", from, to]);
-        Mounted { directory, umount }
-    }
-
-    fn path(&self) -> &Path {
-        self.directory.path()
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let ran = run(&self.umount, &[self.path().to_str().unwrap()]);
-        if !ran.ok && !std::thread::panicking() {
-            panic!("{}", ran.stderr);
-        }
-    }
-}
 
 #[tokio::test]
 async fn a_tree_that_is_copied_to_ext4_comes_back_and_trimming_gives_memory_back() {
