@@ -1,13 +1,17 @@
 //! Block devices by the kernel's NBD client: what is its own among the ways to attach a disk.
 #![cfg(all(feature = "attach", target_os = "linux"))]
 
+#[path = "common/attach.rs"]
+mod attach;
+#[path = "common/kernel_nbd.rs"]
+mod driver;
 #[path = "common/need.rs"]
 mod need;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,88 +19,29 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use attach::{Aligned, buffered, direct, open, sysfs, told, until};
+use driver::{SIZE, devices, memory, turn};
 use rustix::fs::{FallocateFlags, fallocate};
 use userland_io::attach::{Attached, Builder, DetachError, State, Via, list};
 use userland_io::engines::Memory;
 use userland_io::transports::kernel_nbd;
 use userland_io::{
-    AlignedBuf, CrashLevel, Device, Discard, Engine, Features, Geometry, ReadBuf, Result, WriteBuf,
-    WriteFlags,
+    CrashLevel, Device, Discard, Engine, Features, Geometry, ReadBuf, Result, WriteBuf, WriteFlags,
 };
 
 const MIB: u64 = 1 << 20;
-const SIZE: u64 = 16 * MIB;
 const NONE: WriteFlags = WriteFlags::empty();
-
-/// Tests look at what the driver has in all, so there is one at a time.
-static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
-/// A turn, if this kernel has what is tested here.
-async fn turn() -> Option<tokio::sync::MutexGuard<'static, ()>> {
-    if kernel_nbd::available().is_err() {
-        need::guest("an NBD client in the kernel");
-        return None;
-    }
-    Some(ALONE.lock().await)
-}
 
 fn builder<E: Engine>(disk: Device<E>) -> Builder<E> {
     Builder::new(disk).via(Via::Nbd)
 }
 
-async fn attach<E: Engine>(disk: Device<E>) -> Attached {
+async fn by_nbd<E: Engine>(disk: Device<E>) -> Attached {
     builder(disk).attach().await.unwrap()
 }
 
-async fn memory(size: u64) -> Device<Memory> {
-    Device::open(Memory::new(size)).await.unwrap()
-}
-
-fn open(path: &Path, flags: i32) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .write(true)
-        .custom_flags(flags)
-        .open(path)
-}
-
-fn direct(path: &Path) -> File {
-    open(path, libc::O_DIRECT).unwrap()
-}
-
-/// Memory as direct I/O wants it.
-fn aligned(len: usize, byte: u8) -> AlignedBuf {
-    let mut bytes = AlignedBuf::zeroed(len, 4096);
-    bytes.fill(byte);
-    bytes
-}
-
-/// A file of the device's in sysfs.
-fn sysfs(path: &Path, name: &str) -> Option<String> {
-    let device = Path::new("/sys/block").join(path.file_name().unwrap());
-    let text = fs::read_to_string(device.join(name)).ok()?;
-    Some(text.trim_end().to_owned())
-}
-
-/// The driver's devices: all there are, and those of them that are connected.
-fn devices() -> (Vec<String>, Vec<String>) {
-    let entries = fs::read_dir("/sys/block").unwrap();
-    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let mut all: Vec<_> = names.filter(|name| name.starts_with("nbd")).collect();
-    all.sort();
-    let is_connected = |name: &&String| Path::new("/sys/block").join(name).join("pid").exists();
-    let connected = all.iter().filter(is_connected).cloned().collect();
-    (all, connected)
-}
-
-/// Waits for what another thread or the kernel is about to do.
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < end, "{what}");
-        thread::sleep(Duration::from_millis(5));
-    }
+fn is_connected(path: &Path) -> bool {
+    sysfs(path).join("pid").exists()
 }
 
 /// What changes a disk.
@@ -187,7 +132,7 @@ impl Engine for Recorder {
 async fn requests_arrive_as_they_were_asked() {
     let Some(_turn) = turn().await else { return };
     let recorder = Recorder::new();
-    let mut attached = attach(Device::open(recorder.clone()).await.unwrap()).await;
+    let mut attached = by_nbd(Device::open(recorder.clone()).await.unwrap()).await;
     let path = attached.path().to_owned();
     for (name, value) in [
         ("queue/write_cache", "write back"),
@@ -197,16 +142,18 @@ async fn requests_arrive_as_they_were_asked() {
         ("size", "32768"),
         ("ro", "0"),
     ] {
-        assert_eq!(sysfs(&path, name).as_deref(), Some(value), "{name}");
+        assert_eq!(told(&path, name), value, "{name}");
     }
     let file = direct(&path);
     let synchronous = open(&path, libc::O_DIRECT | libc::O_DSYNC).unwrap();
     recorder.taken();
     // This runtime has one thread, which waits for the device here: nothing of the device's needs it.
-    file.write_all_at(&aligned(4096, 1), 8192).unwrap();
-    file.write_all_at(&aligned(512, 2), 512).unwrap();
+    file.write_all_at(&Aligned::filled(4096, 1), 8192).unwrap();
+    file.write_all_at(&Aligned::filled(512, 2), 512).unwrap();
     // The kernel's direct writes flush once more after FUA.
-    synchronous.write_all_at(&aligned(4096, 3), MIB).unwrap();
+    synchronous
+        .write_all_at(&Aligned::filled(4096, 3), MIB)
+        .unwrap();
     file.sync_all().unwrap();
     assert_eq!(
         recorder.taken(),
@@ -237,7 +184,7 @@ async fn requests_arrive_as_they_were_asked() {
         expected.push(Asked::Discard(4 * MIB..5 * MIB + 512));
     }
     assert_eq!(recorder.taken(), expected);
-    let mut back = aligned(4096, 9);
+    let mut back = Aligned::filled(4096, 9);
     file.read_exact_at(&mut back, 8192).unwrap();
     assert!(back.iter().all(|byte| *byte == 1));
     drop((file, synchronous));
@@ -249,15 +196,15 @@ async fn a_disk_that_is_read_only_is_so_in_the_kernel() {
     let Some(_turn) = turn().await else { return };
     let attaching = builder(memory(SIZE).await).read_only(true);
     let mut attached = attaching.attach().await.unwrap();
-    assert_eq!(sysfs(attached.path(), "ro").as_deref(), Some("1"));
+    assert_eq!(told(attached.path(), "ro"), "1");
     let file = direct(attached.path());
-    let error = file.write_all_at(&aligned(4096, 1), 0).unwrap_err();
+    let error = file.write_all_at(&Aligned::filled(4096, 1), 0).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{error}");
     drop(file);
     attached.detach().await.unwrap();
     // The next one at the same place is not.
-    let mut attached = attach(memory(SIZE).await).await;
-    assert_eq!(sysfs(attached.path(), "ro").as_deref(), Some("0"));
+    let mut attached = by_nbd(memory(SIZE).await).await;
+    assert_eq!(told(attached.path(), "ro"), "0");
     attached.detach().await.unwrap();
 }
 
@@ -273,7 +220,7 @@ async fn partitions_are_there_when_it_is() {
     sector[458..462].copy_from_slice(&16384_u32.to_le_bytes());
     sector[510..].copy_from_slice(&[0x55, 0xaa]);
     disk.write(&WriteBuf::new(&sector), 0, NONE).await.unwrap();
-    let mut attached = attach(disk).await;
+    let mut attached = by_nbd(disk).await;
     let name = attached.path().file_name().unwrap().to_str().unwrap();
     let part = Path::new("/sys/block").join(name).join(format!("{name}p1"));
     assert_eq!(fs::read_to_string(part.join("size")).unwrap(), "16384\n");
@@ -285,17 +232,18 @@ async fn partitions_are_there_when_it_is() {
 async fn the_device_follows_the_disks_size() {
     let Some(_turn) = turn().await else { return };
     let disk = memory(SIZE).await;
-    let mut attached = attach(disk.clone()).await;
+    let mut attached = by_nbd(disk.clone()).await;
     for size in [2 * SIZE, SIZE / 2 + 100] {
         let before = attached.size();
         disk.get_ref().resize(size);
         let now = attached.resized(before).await;
         assert_eq!(now, size / 512 * 512);
         let sectors = (now / 512).to_string();
-        assert_eq!(sysfs(attached.path(), "size"), Some(sectors));
+        assert_eq!(told(attached.path(), "size"), sectors);
         let file = direct(attached.path());
-        file.write_all_at(&aligned(512, 5), now - 512).unwrap();
-        let mut back = aligned(512, 0);
+        file.write_all_at(&Aligned::filled(512, 5), now - 512)
+            .unwrap();
+        let mut back = Aligned::new(512);
         file.read_exact_at(&mut back, now - 512).unwrap();
         assert_eq!(back[0], 5);
     }
@@ -306,7 +254,7 @@ async fn the_device_follows_the_disks_size() {
 #[tokio::test]
 async fn what_is_claimed_is_not_detached() {
     let Some(_turn) = turn().await else { return };
-    let mut attached = attach(memory(SIZE).await).await;
+    let mut attached = by_nbd(memory(SIZE).await).await;
     let path = attached.path().to_owned();
     let claimed = open(&path, libc::O_EXCL).unwrap();
     let refused = attached.detach().await;
@@ -318,16 +266,16 @@ async fn what_is_claimed_is_not_detached() {
     claimed.sync_all().unwrap();
     drop(claimed);
     attached.detach().await.unwrap();
-    assert_eq!(sysfs(&path, "pid"), None);
+    assert!(!is_connected(&path));
 }
 
 #[tokio::test]
 async fn what_was_written_and_not_flushed_is_not_lost_with_the_device() {
     let Some(_turn) = turn().await else { return };
     let disk = memory(SIZE).await;
-    let mut attached = attach(disk.clone()).await;
+    let mut attached = by_nbd(disk.clone()).await;
     // Plainly open is no claim; its writes are in the page cache.
-    let file = open(attached.path(), 0).unwrap();
+    let file = buffered(attached.path());
     file.write_all_at(b"written", 4096).unwrap();
     attached.detach().await.unwrap();
     let mut back = [0; 7];
@@ -344,9 +292,9 @@ async fn what_was_written_and_not_flushed_is_not_lost_with_the_device() {
 #[tokio::test]
 async fn one_that_somebody_else_disconnects_has_ended() {
     let Some(_turn) = turn().await else { return };
-    let attached = attach(memory(SIZE).await).await;
-    let name = attached.path().to_owned();
-    let index = name.to_str().unwrap().trim_start_matches("/dev/nbd");
+    let attached = by_nbd(memory(SIZE).await).await;
+    let path = attached.path().to_owned();
+    let index = path.to_str().unwrap().trim_start_matches("/dev/nbd");
     // Another one's device is not touched.
     let other = kernel_nbd::Identity {
         index: index.parse().unwrap(),
@@ -354,17 +302,17 @@ async fn one_that_somebody_else_disconnects_has_ended() {
         thread: 0,
     };
     kernel_nbd::remove(&other).unwrap();
-    assert!(sysfs(&name, "pid").is_some());
-    let own = kernel_nbd::Identity::find(&sysfs(&name, "backend").unwrap());
+    assert!(is_connected(&path));
+    let own = kernel_nbd::Identity::find(&told(&path, "backend"));
     kernel_nbd::remove(&own.unwrap()).unwrap();
     let why = attached.ended().await;
     assert_eq!(why.as_deref(), Some("somebody has disconnected it"));
-    assert_eq!(sysfs(&name, "pid"), None);
+    assert!(!is_connected(&path));
     assert!(
         list()
             .unwrap()
             .iter()
-            .all(|listed| listed.path() != Some(&name))
+            .all(|listed| listed.path() != Some(&path))
     );
 }
 
@@ -387,12 +335,12 @@ fn threads() -> usize {
 async fn child_cycles() {
     let before = devices();
     // Whatever is made once and for all.
-    attach(memory(SIZE).await).await.detach().await.unwrap();
+    by_nbd(memory(SIZE).await).await.detach().await.unwrap();
     let (files, tasks) = (open_files(), threads());
     for round in 0..20 {
-        let mut attached = attach(memory(SIZE).await).await;
+        let mut attached = by_nbd(memory(SIZE).await).await;
         direct(attached.path())
-            .write_all_at(&aligned(4096, 1), 0)
+            .write_all_at(&Aligned::filled(4096, 1), 0)
             .unwrap();
         attached.detach().await.unwrap();
         assert_eq!(devices(), before, "round {round}");
@@ -405,7 +353,7 @@ async fn child_cycles() {
     // More than the driver has made by itself: those that were made for us go, the others stay.
     let mut all = Vec::new();
     for _ in 0..before.0.len() + 2 {
-        all.push(attach(memory(SIZE).await).await);
+        all.push(by_nbd(memory(SIZE).await).await);
     }
     assert_eq!(devices().1.len(), all.len());
     for attached in &mut all {
@@ -458,10 +406,10 @@ async fn a_daemon_that_is_killed_leaves_errors_and_what_can_be_removed() {
     let before = devices();
     let (mut child, path) = daemon();
     let file = direct(&path);
-    file.write_all_at(&aligned(4096, 1), 0).unwrap();
+    file.write_all_at(&Aligned::filled(4096, 1), 0).unwrap();
     // Reads without a pause, so that one is under way when the daemon dies.
     let reader = thread::spawn(move || {
-        let mut back = aligned(4096, 0);
+        let mut back = Aligned::new(4096);
         loop {
             let asked = Instant::now();
             if let Err(error) = file.read_exact_at(&mut back, 0) {
@@ -488,7 +436,7 @@ async fn a_daemon_that_is_killed_leaves_errors_and_what_can_be_removed() {
         matches!(refused, Err(DetachError::InUse { .. })),
         "{refused:?}"
     );
-    assert!(sysfs(&path, "pid").is_some());
+    assert!(is_connected(&path));
     drop(claimed);
     stale().unwrap().detach().unwrap();
     assert!(stale().is_none());
@@ -504,7 +452,7 @@ async fn stale_devices_fail_what_waits_for_them_when_they_are_removed() {
     child.wait().unwrap();
     let asked = Instant::now();
     let reader = thread::spawn(move || {
-        let mut back = aligned(4096, 0);
+        let mut back = Aligned::new(4096);
         file.read_exact_at(&mut back, 0)
     });
     let all = list().unwrap().into_iter();
@@ -553,197 +501,17 @@ async fn a_disk_slower_than_the_time_out_is_waited_for_and_not_asked_twice_at_on
         let file = direct(attached.path());
         *recorder.0.delay.lock().unwrap() = PATIENCE + Duration::from_millis(1500);
         recorder.taken();
-        file.write_all_at(&aligned(4096, 1), 0).unwrap();
+        file.write_all_at(&Aligned::filled(4096, 1), 0).unwrap();
         // It was asked again after that, and not beside it.
         assert_eq!(recorder.taken(), vec![Asked::Write(0..4096, NONE); 2]);
         assert_eq!(recorder.0.most_writing.load(Ordering::SeqCst), 1);
         // All is as before.
         for n in 0..50 {
-            file.write_all_at(&aligned(4096, 2), n * 4096).unwrap();
+            file.write_all_at(&Aligned::filled(4096, 2), n * 4096)
+                .unwrap();
         }
         file.sync_all().unwrap();
         drop(file);
         attached.detach().await.unwrap();
     }
-}
-
-/// A server of somebody else's, which ends with this.
-struct Server {
-    process: Child,
-    uri: String,
-    _directory: tempfile::TempDir,
-}
-
-impl Server {
-    /// nbdkit, serving 16 MiB of memory through `filters` with `more` parameters.
-    fn nbdkit(filters: &[&str], more: &[&str]) -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("socket");
-        let mut nbdkit = Command::new(need::program("nbdkit")?);
-        nbdkit
-            .args(["--foreground", "--exit-with-parent", "--unix"])
-            .arg(&socket);
-        nbdkit.args(filters).args(["memory", "16M"]).args(more);
-        let mut process = nbdkit.spawn().unwrap();
-        until("nbdkit listens", || {
-            assert_eq!(process.try_wait().unwrap(), None, "nbdkit has ended");
-            socket.exists()
-        });
-        Some(Server {
-            process,
-            uri: format!("nbd+unix:///?socket={}", socket.display()),
-            _directory: directory,
-        })
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.process.kill().ok();
-        self.process.wait().ok();
-    }
-}
-
-#[tokio::test]
-async fn an_export_is_handed_to_the_kernel() {
-    let Some(_turn) = turn().await else { return };
-    let Some(server) = Server::nbdkit(&[], &[]) else {
-        return;
-    };
-    let before = devices();
-    let mut attached = Builder::export(&server.uri)
-        .queues(2)
-        .attach()
-        .await
-        .unwrap();
-    let path = attached.path().to_owned();
-    assert_eq!((attached.via(), attached.size()), (Via::Nbd, SIZE));
-    assert!(attached.passed_over().is_empty());
-    let queues = Path::new("/sys/block")
-        .join(path.file_name().unwrap())
-        .join("mq");
-    assert_eq!(fs::read_dir(queues).unwrap().count(), 2, "connections");
-    let all = list().unwrap();
-    let listed = all
-        .iter()
-        .find(|listed| listed.path() == Some(&path))
-        .unwrap();
-    assert_eq!(listed.server(), Some(server.uri.as_str()));
-    assert_eq!(listed.label(), server.uri);
-    assert_eq!(listed.counters(), None);
-    let file = direct(&path);
-    file.write_all_at(&aligned(65536, 4), MIB).unwrap();
-    file.sync_all().unwrap();
-    drop(file);
-    attached.detach().await.unwrap();
-    assert_eq!(devices(), before);
-    // The server has gone on, and has what was written.
-    let mut attached = Builder::export(&server.uri)
-        .read_only(true)
-        .attach()
-        .await
-        .unwrap();
-    assert_eq!(sysfs(attached.path(), "ro").as_deref(), Some("1"));
-    let all = list().unwrap();
-    let listed = all
-        .iter()
-        .find(|listed| listed.path() == Some(attached.path()))
-        .unwrap();
-    assert!(listed.is_read_only());
-    let mut back = aligned(65536, 0);
-    direct(attached.path())
-        .read_exact_at(&mut back, MIB)
-        .unwrap();
-    assert!(back.iter().all(|byte| *byte == 4));
-    attached.detach().await.unwrap();
-}
-
-#[tokio::test]
-async fn an_export_has_ended_when_its_server_has() {
-    let Some(_turn) = turn().await else { return };
-    let Some(mut server) = Server::nbdkit(&[], &[]) else {
-        return;
-    };
-    let before = devices();
-    let attached = Builder::export(&server.uri).attach().await.unwrap();
-    let file = direct(attached.path());
-    server.process.kill().unwrap();
-    let why = attached.ended().await.unwrap();
-    assert!(why.contains("ended its connections"), "{why}");
-    assert!(file.read_exact_at(&mut aligned(4096, 0), 0).is_err());
-    drop(file);
-    until("the device is gone", || devices() == before);
-}
-
-#[tokio::test]
-async fn an_export_that_the_kernel_cannot_use_is_attached_by_our_client() {
-    let Some(_turn) = turn().await else { return };
-    let policy = [
-        "blocksize-minimum=65536",
-        "blocksize-preferred=65536",
-        "blocksize-error-policy=error",
-    ];
-    let Some(server) = Server::nbdkit(&["--filter=blocksize-policy"], &policy) else {
-        return;
-    };
-    let attaching = Builder::export(&server.uri).via(Via::Nbd);
-    let mut attached = attaching.attach().await.unwrap();
-    let passed = attached.passed_over();
-    assert!(
-        passed[0].reason.ends_with("longer than a page"),
-        "{passed:?}"
-    );
-    let file = direct(attached.path());
-    file.write_all_at(&aligned(4096, 6), 4096).unwrap();
-    let mut back = aligned(4096, 0);
-    file.read_exact_at(&mut back, 4096).unwrap();
-    assert_eq!(back[0], 6);
-    drop(file);
-    let all = list().unwrap();
-    let listed = all
-        .iter()
-        .find(|listed| listed.path() == Some(attached.path()))
-        .unwrap();
-    assert_eq!(listed.server(), None);
-    assert!(listed.counters().is_some());
-    attached.detach().await.unwrap();
-}
-
-#[tokio::test]
-async fn an_export_that_cannot_zero_is_never_asked_to() {
-    let Some(_turn) = turn().await else { return };
-    let Some(server) = Server::nbdkit(&["--filter=nozero"], &[]) else {
-        return;
-    };
-    let before = devices();
-    // Leaves a device behind that could.
-    attach(memory(SIZE).await).await.detach().await.unwrap();
-    let mut attached = Builder::export(&server.uri).attach().await.unwrap();
-    let limit = sysfs(attached.path(), "queue/write_zeroes_max_bytes");
-    assert_eq!(limit.as_deref(), Some("0"));
-    let file = direct(attached.path());
-    file.write_all_at(&aligned(4096, 6), 0).unwrap();
-    fallocate(&file, FallocateFlags::ZERO_RANGE, 0, MIB).unwrap();
-    let mut back = aligned(4096, 1);
-    file.read_exact_at(&mut back, 0).unwrap();
-    assert_eq!(back[0], 0);
-    drop(file);
-    attached.detach().await.unwrap();
-    until("the device is gone", || devices() == before);
-}
-
-#[tokio::test]
-async fn a_server_that_is_not_there_is_said_to_be_so() {
-    let Some(_turn) = turn().await else { return };
-    let refused = Builder::export("nbd+unix:///?socket=/nowhere")
-        .attach()
-        .await;
-    let error = refused.unwrap_err().to_string();
-    assert!(error.contains("cannot connect to"), "{error}");
-    assert!(
-        list()
-            .unwrap()
-            .iter()
-            .all(|listed| !listed.label().contains("nowhere"))
-    );
 }

@@ -25,6 +25,7 @@ struct Suite {
 /// The table. A line more is all that another suite takes.
 const SUITES: &[Suite] = &[
     uml("kernel_nbd", &[]),
+    uml("kernel_nbd_export", &[]),
     uml("attach_lifecycle", UBLK),
     of_ulio(uml("attach", UBLK)),
     of_ulio(uml("attach", NBD)),
