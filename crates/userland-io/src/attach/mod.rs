@@ -164,7 +164,8 @@ impl<E: Engine> Builder<E> {
 
     /// How long the kernel waits for the disk to answer a request, and then for a server that is gone to come back,
     /// before it fails what is asked of the device; in whole seconds, at least one. So when this process dies, nothing hangs
-    /// for longer than twice this. Only the kernel's NBD client has such a limit. If left out: 45 s.
+    /// for longer than twice this. It is doubled each time that the disk is slower. Only the kernel's NBD client has such a
+    /// limit. If left out: 45 s.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.settings.timeout = Some(timeout);
         self

@@ -111,9 +111,15 @@ impl Control {
         self.reconfigure(of, asked)
     }
 
-    /// Gives the device `sockets` in place of connections that are lost.
-    pub(super) fn reconnect<S: AsFd>(&mut self, of: &Identity, sockets: &[S]) -> Result<(), Error> {
+    /// Gives the device `sockets` in place of connections that are lost, and a time-out for requests from now on.
+    pub(super) fn reconnect<S: AsFd>(
+        &mut self,
+        of: &Identity,
+        sockets: &[S],
+        timeout: Duration,
+    ) -> Result<(), Error> {
         let mut asked = Attributes::default();
+        asked.u64(attribute::TIMEOUT, timeout.as_secs());
         asked.nest(attribute::SOCKETS, &list(sockets));
         self.reconfigure(of, asked)
     }

@@ -348,7 +348,8 @@ fn connect(plan: &Plan, far: &[OwnedFd]) -> Result<(Control, Identity, bool), Er
     let before = control::indexes();
     // Some kernels (6.12, for one) let a device that once could zero by command go on doing so. A server that cannot
     // gets one that was never used.
-    let index = match plan.flags.contains(TransmissionFlags::SEND_WRITE_ZEROES) {
+    let harmless = TransmissionFlags::SEND_WRITE_ZEROES | TransmissionFlags::READ_ONLY;
+    let index = match plan.flags.intersects(harmless) {
         true => None,
         false => (0..).find(|index| !before.contains(index)),
     };

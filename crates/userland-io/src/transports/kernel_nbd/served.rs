@@ -1,6 +1,7 @@
 //! A disk of this process at the other end: what is made for it, and how its connections are looked after.
 
 use std::sync::mpsc;
+use std::time::Duration;
 
 use rustix::fd::OwnedFd;
 use tokio::runtime::Handle;
@@ -22,7 +23,12 @@ pub(super) struct Order<E: Engine> {
     /// Gives what is under way in the end a limit of time.
     pub(super) stop: watch::Sender<bool>,
     pub(super) runtime: Handle,
+    /// How long the kernel waits now.
+    pub(super) timeout: Duration,
 }
+
+/// The longest that it is made to wait.
+const LONGEST: Duration = Duration::from_secs(3600);
 
 /// A disk that is served.
 pub(super) struct Served<E: Engine> {
@@ -73,11 +79,15 @@ impl<E: Engine> Side for Served<E> {
         tracing::warn!(
             device = %control::node(of.index).display(),
             connection = place,
+            waited = ?self.order.timeout,
             "the kernel has given up waiting for an answer: connecting anew, now that the disk has answered"
         );
         self.connections.close(place);
+        // The same request may take as long again, and would be asked for ever.
+        let longer = (2 * self.order.timeout).min(LONGEST);
+        self.order.timeout = longer.max(self.order.timeout);
         let far = self.open(place);
-        let again = far.and_then(|far| control.reconnect(of, &[far]));
+        let again = far.and_then(|far| control.reconnect(of, &[far], self.order.timeout));
         again
             .err()
             .map(|error| format!("the kernel has hung up, and takes no new connection: {error}"))

@@ -13,7 +13,8 @@ use super::served::{Order, Served};
 use crate::transports::nbd::export::{block_sizes, transmission_flags};
 use crate::transports::nbd::limits::{Budget, Chairs, Environment, Limits, Shutdown};
 use crate::transports::nbd::session::{ReplyMode, Session};
-use crate::{Device, Engine, Geometry};
+use crate::transports::nbd::wire::TransmissionFlags;
+use crate::{Device, Engine, Features, Geometry};
 
 /// As many connections as this by default, on a machine that has the CPUs.
 const CONNECTIONS: usize = 4;
@@ -82,8 +83,8 @@ impl<E: Engine> Target<E> {
     /// a new connection before requests fail; in whole seconds, at least one. If left out: 45 s.
     ///
     /// So if this process dies, every request has failed after twice this time. If it lives and the disk is that slow, the
-    /// connections are made anew as soon as the disk has answered what it was asked, and requests are done again: that
-    /// may take this time once more.
+    /// connection is made anew as soon as the disk has answered, what was asked is done again, and the
+    /// kernel waits twice as long from then on.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = whole_seconds(timeout);
         self
@@ -114,11 +115,17 @@ impl<E: Engine> Target<E> {
             max_in_flight: self.depth.into(),
             ..Limits::default()
         };
+        let mut flags = transmission_flags(&geometry, ReplyMode::Simple, false);
+        // Where the engine has no zeroes the kernel writes them itself, in requests that no time-out meets: one that zeroes
+        // has up to 4 GiB.
+        if !geometry.features.contains(Features::WRITE_ZEROES) {
+            flags.remove(TransmissionFlags::SEND_WRITE_ZEROES);
+        }
         let session = Session {
             export: self.identifier.clone(),
             // The disk's own, which may change; its edge refuses what is beyond.
             size: Geometry::MAX_SIZE,
-            flags: transmission_flags(&geometry, ReplyMode::Simple, false),
+            flags,
             replies: ReplyMode::Simple,
             contexts: Vec::new(),
             blocks: block_sizes(&geometry, limits.max_request, false),
@@ -126,7 +133,7 @@ impl<E: Engine> Target<E> {
         let plan = life::Plan {
             size: geometry.size,
             block_size: life::block_size(&geometry),
-            flags: session.flags,
+            flags,
             timeout: self.timeout,
             identifier: self.identifier,
         };
@@ -148,6 +155,7 @@ impl<E: Engine> Target<E> {
             },
             stop,
             runtime: self.runtime.unwrap_or_else(Handle::current),
+            timeout: self.timeout,
         };
         let count = self.connections.into();
         life::start(plan, move |to| Served::new(order, count, to)).await
