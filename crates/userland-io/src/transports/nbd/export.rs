@@ -10,7 +10,7 @@ use std::pin::Pin;
 use super::limits::Environment;
 use super::session::{ReplyMode, Session};
 use super::socket::Stream;
-use super::transmission;
+use super::transmission::{self, Kits};
 use super::wire::{self, BlockSizes, TransmissionFlags};
 use crate::{Device, Discard, Engine, Features, Geometry, Result};
 
@@ -21,6 +21,7 @@ pub(crate) struct Export {
     pub(crate) name: String,
     pub(crate) description: String,
     device: Box<dyn AnyDevice>,
+    kits: Kits,
 }
 
 impl std::fmt::Debug for Export {
@@ -80,6 +81,7 @@ impl Export {
             name,
             description: String::new(),
             device: Box::new(device),
+            kits: Kits::default(),
         }
     }
 
@@ -110,8 +112,9 @@ impl Export {
         stream: Stream,
         input: Vec<u8>,
         session: Session,
-        environment: Environment,
+        mut environment: Environment,
     ) -> io::Result<()> {
+        environment.budget = environment.budget.with_kits(self.kits.clone());
         self.device.serve(stream, input, session, environment).await
     }
 

@@ -36,7 +36,8 @@ pub struct Limits {
     pub max_in_flight: usize,
     /// The most bytes of payload in memory for one connection; the client waits. At least
     /// `max_request`. Beside them a connection needs up to 10 MiB for requests as they were received, short
-    /// replies and buffers kept for reuse, and less than 2 MiB at rest. Default: 128 MiB.
+    /// replies and buffers kept for reuse, while it works; at rest some KiB, and connections to one export together
+    /// up to 32 MiB that they lend each other. Default: 128 MiB.
     pub max_connection_bytes: usize,
     /// The most bytes of payload in memory for all connections; clients wait. At least `max_request`.
     /// Each connection has 1 MiB beside it that nobody can take, so that it gets on whatever the others

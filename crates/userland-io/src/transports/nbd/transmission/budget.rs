@@ -12,12 +12,16 @@ use std::task::{Context, Poll};
 
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
+use super::kits::Kits;
+
 /// The bytes in flight that a connection has for itself.
 pub(super) const ALLOWANCE: usize = 1 << 20;
-/// The bytes that all connections of a server together may borrow beyond their allowances.
+/// The bytes that all connections of a server together may borrow beyond their allowances, and the working memory that
+/// those to one export share.
 #[derive(Clone, Debug)]
 pub struct Budget {
     inner: Arc<Inner>,
+    kits: Kits,
 }
 
 #[derive(Debug)]
@@ -41,7 +45,18 @@ impl Budget {
                 total,
                 waiting: AtomicUsize::new(0),
             }),
+            kits: Kits::default(),
         }
+    }
+
+    /// The same budget, with another store of working memory.
+    pub(crate) fn with_kits(self, kits: Kits) -> Self {
+        Budget { kits, ..self }
+    }
+
+    /// The working memory that connections lend each other.
+    pub(super) fn kits(&self) -> &Kits {
+        &self.kits
     }
 
     /// True if some connection waits for bytes that others hold.

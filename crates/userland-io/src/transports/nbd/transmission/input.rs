@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, ReadBuf};
 
 /// The most bytes that one receive brings: dozens of small writes, thousands of reads.
-const CAPACITY: usize = 256 << 10;
+pub(super) const CAPACITY: usize = 256 << 10;
 
 /// Received bytes, `start..end` of which are not yet consumed.
 #[derive(Debug)]
@@ -18,15 +18,31 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// An input that has received `first`. Memory is not touched before it is needed.
-    pub(super) fn new(first: &[u8]) -> Self {
-        let mut memory = vec![0; CAPACITY.max(first.len())];
-        memory[..first.len()].copy_from_slice(first);
+    /// An input that has received `first`, and has no room for more before it is [lent](Self::lend) some.
+    pub(super) fn new(first: Vec<u8>) -> Self {
+        let end = first.len();
         Input {
-            memory: memory.into(),
+            memory: first.into(),
             start: 0,
-            end: first.len(),
+            end,
         }
+    }
+
+    /// Gives it memory to receive into.
+    pub(super) fn lend(&mut self, mut memory: Box<[u8]>) {
+        let here = self.bytes();
+        // What was received behind a handshake, as a rule nothing. Were it longer, it would be room enough.
+        if let Some(start) = memory.get_mut(..here.len()) {
+            start.copy_from_slice(here);
+            (self.start, self.end) = (0, here.len());
+            self.memory = memory;
+        }
+    }
+
+    /// Takes its memory away, if nothing is at hand.
+    pub(super) fn take_memory(&mut self) -> Option<Box<[u8]>> {
+        let is_lent = self.bytes().is_empty() && self.memory.len() == CAPACITY;
+        is_lent.then(|| std::mem::take(&mut self.memory))
     }
 
     /// The bytes at hand.
@@ -109,7 +125,9 @@ mod tests {
     #[test]
     fn bytes_come_in_order_through_a_moving_window() {
         let sent: Vec<u8> = (0..=255).cycle().take(3 * CAPACITY).collect();
-        let (mut stream, mut input) = (&sent[..], Input::new(&[]));
+        let (mut stream, mut input) = (&sent[..], Input::new(vec![7; 5]));
+        assert_eq!(input.take(&mut [0; 5]), 5);
+        input.lend(vec![0; CAPACITY].into());
         let mut got = Vec::new();
         let mut cx = Context::from_waker(Waker::noop());
         loop {
@@ -130,5 +148,16 @@ mod tests {
         assert!(got == sent);
         input.consume(8);
         assert!(input.bytes().is_empty());
+        assert_eq!(input.take_memory().unwrap().len(), CAPACITY);
+    }
+
+    #[test]
+    fn what_came_with_the_handshake_is_kept() {
+        let mut input = Input::new(vec![1, 2, 3]);
+        assert!(input.take_memory().is_none() && input.is_full());
+        input.consume(1);
+        input.lend(vec![0; CAPACITY].into());
+        assert_eq!(input.bytes(), [2, 3]);
+        assert!(input.take_memory().is_none());
     }
 }

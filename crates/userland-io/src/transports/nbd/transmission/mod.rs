@@ -4,7 +4,7 @@
 //! requests (`input`); each is checked (`request`), started in a slot and polled
 //! once at once (`command`); replies gather (`reply`, `output`) and go out
 //! together when the input is used up or enough of them wait. Buffers come from a
-//! `pool`, so that a request allocates nothing. With nothing to do it stays awake for
+//! `pool`, so that a request allocates nothing, and who rests lends what it works with to others (`kits`). With nothing to do it stays awake for
 //! the next request a little (`linger`) before it sleeps. `connection` is that loop.
 //!
 //! Requests finish in any order. What is in flight is bounded in number and in bytes
@@ -15,6 +15,7 @@ mod command;
 mod connection;
 mod holes;
 mod input;
+mod kits;
 mod linger;
 mod output;
 mod pool;
@@ -27,6 +28,7 @@ use std::io;
 use std::pin::pin;
 
 pub use budget::Budget;
+pub(super) use kits::Kits;
 pub use linger::Chairs;
 
 use super::limits::Environment;

@@ -1,6 +1,6 @@
 //! The memory of requests: aligned buffers in power-of-two classes, kept for reuse.
 //!
-//! A pool belongs to one connection's task, so nothing is locked. What is idle
+//! A pool belongs to one connection's task at a time, so nothing is locked. What is idle
 //! is bounded by [`KEEP`] while the connection works, and given back by
 //! [`Pool::trim`] when it rests.
 
@@ -55,7 +55,7 @@ impl Pool {
         }
     }
 
-    /// A buffer of `len` bytes, whose content is left over from another request of this connection.
+    /// A buffer of `len` bytes, whose content is left over from another request to this export.
     pub(super) fn take(&mut self, len: usize) -> Buffer {
         let memory = match self.idle.get_mut(class(len)).and_then(Vec::pop) {
             Some(memory) => {
@@ -77,6 +77,11 @@ impl Pool {
             self.idle_bytes += len;
             idle.push(buffer.memory);
         }
+    }
+
+    /// The bytes of buffers that wait.
+    pub(super) fn idle_bytes(&self) -> usize {
+        self.idle_bytes
     }
 
     /// True if [`trim`](Self::trim) would free nothing.

@@ -21,6 +21,7 @@ use super::budget::Account;
 use super::command::{Done, Job, Outcome};
 use super::holes::Holes;
 use super::input::{self, Input};
+use super::kits::{Kit, Kits};
 use super::linger::{Linger, Lingered};
 use super::output::Output;
 use super::pool::{Buffer, Pool, footprint};
@@ -54,6 +55,8 @@ pub(super) struct Connection<'a, S, F, G> {
     input: Input,
     output: Output,
     pool: Pool,
+    kits: Kits,
+    has_kit: bool,
     account: Account,
     /// What is left of reads longer than the longest request.
     long_reads: VecDeque<Request>,
@@ -130,9 +133,11 @@ where
             replies: Replies::new(session.replies),
             make,
             slots: Slots::new(limits.max_in_flight.max(1)),
-            input: Input::new(&input),
+            input: Input::new(input),
             output: Output::new(),
             pool: Pool::new(),
+            kits: environment.budget.kits().clone(),
+            has_kit: false,
             account: Account::new(environment.budget.clone(), limits.max_connection_bytes),
             long_reads: VecDeque::new(),
             is_long_reads_turn: false,
@@ -167,6 +172,7 @@ where
 
     /// Works until nothing moves. Ready when the connection is over.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.take_kit();
         loop {
             let mut moved = self.reap(cx);
             let in_flight = self.slots.in_flight();
@@ -182,8 +188,40 @@ where
             }
             self.has_moved |= moved;
             if !moved && !self.tick(cx) && !self.linger(cx, wants) {
+                self.give_kit();
                 return Poll::Pending;
             }
+        }
+    }
+
+    fn take_kit(&mut self) {
+        if !self.has_kit {
+            let Kit {
+                input,
+                pool,
+                output,
+            } = self.kits.take();
+            self.input.lend(input);
+            self.pool = pool;
+            self.output = output;
+            self.has_kit = true;
+        }
+    }
+
+    /// Lends what it works with to others, if it has nothing to do.
+    fn give_kit(&mut self) {
+        let rests = self.state == State::Serving
+            && self.slots.in_flight() == 0
+            && self.output.pending() == 0
+            && self.long_reads.is_empty()
+            && matches!(self.phase, Phase::Header);
+        if rests && let Some(input) = self.input.take_memory() {
+            self.has_kit = false;
+            self.kits.give(Kit {
+                input,
+                pool: std::mem::replace(&mut self.pool, Pool::new()),
+                output: std::mem::replace(&mut self.output, Output::new()),
+            });
         }
     }
 
