@@ -3,7 +3,8 @@
 //! To sleep and be woken takes longer than most requests. So a connection with nothing to do first
 //! asks its socket again and again, giving its core away in between. That costs processor time if
 //! nothing comes: after some misses in a row it sleeps at once for a while, and for longer each time,
-//! until lingering pays again. No more connections linger at a time than there are cores.
+//! until lingering pays again. No more connections linger at a time than there are cores, and none
+//! while so many work that whoever lingers keeps others waiting.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,23 +21,42 @@ const LONGEST_PAUSE: u32 = 1024;
 /// For how long a task may go on without going back to its runtime, which looks after the other
 /// sockets only then.
 const TURN: Duration = Duration::from_micros(300);
+/// So many others' turns for each chair, between two of a connection's own, make a crowd.
+const CROWD: usize = 8;
 
 /// Who may linger at a time: the connections of one server share it.
 #[derive(Clone, Debug)]
-pub struct Chairs(Arc<AtomicUsize>);
+pub struct Chairs(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    free: AtomicUsize,
+    /// How many turns of others are a crowd.
+    crowd: usize,
+    /// How often a connection has been woken.
+    turns: AtomicUsize,
+}
 
 impl Default for Chairs {
     /// One for each core.
     fn default() -> Self {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        Chairs(Arc::new(AtomicUsize::new(cores)))
+        Chairs::new(thread::available_parallelism().map_or(1, usize::from))
     }
 }
 
 impl Chairs {
+    fn new(chairs: usize) -> Self {
+        Chairs(Arc::new(Shared {
+            free: AtomicUsize::new(chairs),
+            crowd: chairs * CROWD,
+            turns: AtomicUsize::new(0),
+        }))
+    }
+
     fn sit(&self) -> Option<Seated<'_>> {
         // Nothing is read or written under a chair's protection: it only counts.
         self.0
+            .free
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| {
                 free.checked_sub(1)
             })
@@ -49,7 +69,7 @@ struct Seated<'a>(&'a Chairs);
 
 impl Drop for Seated<'_> {
     fn drop(&mut self) {
-        self.0.0.fetch_add(1, Ordering::Relaxed);
+        self.0.0.free.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -64,6 +84,9 @@ pub(super) struct Linger {
     last_pause: u32,
     /// When the task's turn began, if it has been prolonged.
     turn: Option<Instant>,
+    /// The count of turns when this connection went to sleep.
+    slept_at: usize,
+    is_crowded: bool,
 }
 
 /// What came of a chance to linger.
@@ -85,11 +108,27 @@ impl Linger {
             pause: 0,
             last_pause: 0,
             turn: None,
+            slept_at: 0,
+            is_crowded: false,
         }
+    }
+
+    /// Notes that the connection has been woken.
+    pub(super) fn wake(&mut self) {
+        let turns = self.chairs.0.turns.fetch_add(1, Ordering::Relaxed);
+        self.is_crowded = turns.wrapping_sub(self.slept_at) > self.chairs.0.crowd;
+    }
+
+    /// Notes that it goes to sleep.
+    pub(super) fn sleep(&mut self) {
+        self.slept_at = self.chairs.0.turns.load(Ordering::Relaxed);
     }
 
     /// Asks `receive` until something comes or it has been long enough.
     pub(super) fn wait(&mut self, mut receive: impl FnMut() -> Option<usize>) -> Lingered {
+        if self.is_crowded {
+            return Lingered::Nothing;
+        }
         if self.pause > 0 {
             self.pause -= 1;
             return Lingered::Nothing;
@@ -138,10 +177,6 @@ impl Linger {
 mod tests {
     use super::*;
 
-    fn chairs(count: usize) -> Chairs {
-        Chairs(Arc::new(AtomicUsize::new(count)))
-    }
-
     /// How many of `chances` are taken, if nothing ever comes.
     fn taken(linger: &mut Linger, chances: u32) -> u32 {
         let mut taken = 0;
@@ -159,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_client_that_is_never_near_costs_one_wait_in_a_thousand() {
-        let mut linger = Linger::new(chairs(1));
+        let mut linger = Linger::new(Chairs::new(1));
         // Three misses, then pauses of 2, 4 ... 1024.
         assert_eq!(taken(&mut linger, 3 + 2046 + 9), 3 + 9);
         assert_eq!(taken(&mut linger, 10 * 1025), 10);
@@ -167,7 +202,7 @@ mod tests {
 
     #[test]
     fn one_request_that_comes_in_time_ends_the_pauses() {
-        let mut linger = Linger::new(chairs(1));
+        let mut linger = Linger::new(Chairs::new(1));
         taken(&mut linger, 3);
         let mut chances = 0;
         while linger.wait(|| Some(28)) != Lingered::Came(28) {
@@ -180,19 +215,19 @@ mod tests {
 
     #[test]
     fn it_asks_until_something_comes() {
-        let mut linger = Linger::new(chairs(1));
+        let mut linger = Linger::new(Chairs::new(1));
         let mut left = 3;
         let lingered = linger.wait(|| {
             left -= 1;
             (left == 0).then_some(5)
         });
         assert_eq!(lingered, Lingered::Came(5));
-        assert_eq!(linger.chairs.0.load(Ordering::Relaxed), 1);
+        assert_eq!(linger.chairs.0.free.load(Ordering::Relaxed), 1);
     }
 
     #[test]
     fn no_more_linger_at_a_time_than_there_are_chairs() {
-        let chairs = chairs(1);
+        let chairs = Chairs::new(1);
         let mut inner = Linger::new(chairs.clone());
         Linger::new(chairs).wait(|| {
             assert_eq!(inner.wait(|| Some(1)), Lingered::Nothing);
@@ -202,8 +237,29 @@ mod tests {
     }
 
     #[test]
+    fn nobody_lingers_in_a_crowd() {
+        let chairs = Chairs::new(1);
+        let mut all: Vec<_> = (0..CROWD + 2)
+            .map(|_| Linger::new(chairs.clone()))
+            .collect();
+        let mut round = |count: usize| {
+            for linger in &mut all[..count] {
+                linger.wake();
+                linger.sleep();
+            }
+            all[0].wake();
+            let lingered = all[0].wait(|| Some(1));
+            all[0].sleep();
+            lingered
+        };
+        assert_eq!(round(CROWD + 1), Lingered::Came(1));
+        assert_eq!(round(CROWD + 2), Lingered::Nothing);
+        assert_eq!(round(2), Lingered::Came(1));
+    }
+
+    #[test]
     fn a_turn_ends_however_fast_requests_come() {
-        let mut linger = Linger::new(chairs(1));
+        let mut linger = Linger::new(Chairs::new(1));
         let start = Instant::now();
         while linger.wait(|| Some(28)) != Lingered::Enough {
             assert!(start.elapsed() < Duration::from_secs(10));

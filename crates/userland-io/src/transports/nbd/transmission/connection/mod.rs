@@ -173,6 +173,7 @@ where
     /// Works until nothing moves. Ready when the connection is over.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.take_kit();
+        self.linger.wake();
         loop {
             let mut moved = self.reap(cx);
             let in_flight = self.slots.in_flight();
@@ -189,6 +190,7 @@ where
             self.has_moved |= moved;
             if !moved && !self.tick(cx) && !self.linger(cx, wants) {
                 self.give_kit();
+                self.linger.sleep();
                 return Poll::Pending;
             }
         }
