@@ -16,7 +16,7 @@ use tokio::io::AsyncWrite;
 use super::pool::Buffer;
 
 /// Payloads up to this length are copied beside their headers: cheaper than a piece of their own.
-pub(super) const COPIED: usize = 2048;
+pub(super) const COPIED: usize = 4096;
 /// The memory that is kept for gathering while the connection rests.
 const KEPT: usize = 512 << 10;
 /// How many pieces one system call takes.
@@ -318,12 +318,13 @@ mod tests {
             got: Vec::new(),
             most: 1000,
         };
-        let mut buffer = pool.take(3 * 4096);
-        (0..3).for_each(|i| buffer[i * 4096..][..4096].fill(i as u8));
+        const PART: usize = 2 * COPIED;
+        let mut buffer = pool.take(3 * PART);
+        (0..3).for_each(|i| buffer[i * PART..][..PART].fill(i as u8));
         let parts = Parts::new(buffer);
-        output.part(&parts, 0..4096);
-        output.part(&parts, 4096..4100);
-        output.part(&parts, 8192..12288);
+        output.part(&parts, 0..PART);
+        output.part(&parts, PART..PART + 4);
+        output.part(&parts, 2 * PART..3 * PART);
         assert!(parts.finish().is_none());
         let mut back = 0;
         let mut cx = Context::from_waker(Waker::noop());
@@ -331,7 +332,7 @@ mod tests {
         assert!(matches!(sent, Poll::Ready(Ok(()))));
         assert_eq!(
             stream.got,
-            [vec![0; 4096], vec![1; 4], vec![2; 4096]].concat()
+            [vec![0; PART], vec![1; 4], vec![2; PART]].concat()
         );
         assert_eq!(back, 1);
     }
