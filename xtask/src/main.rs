@@ -1,5 +1,5 @@
 //! Everything that CI and a developer run: `cargo xtask test`, `cargo xtask fuzz`,
-//! `cargo xtask vm`.
+//! `cargo xtask vm`, `cargo xtask bench`, `cargo xtask instructions`.
 //!
 //! A run is a list of steps (`test`), each a command whose output streams through
 //! and whose tests are counted (`report`). What a step needs from the machine is
@@ -12,8 +12,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod features;
 mod fuzz;
+mod instructions;
 mod licences;
 mod outsider;
 mod packages;
@@ -35,6 +37,10 @@ struct Cli {
 enum Command {
     /// Run every check and test; the last line counts them.
     Test(test::Options),
+    /// Measure: NBD servers side by side, or another program of `bench/src/bin`.
+    Bench(bench::Options),
+    /// Count the instructions of requests, and compare them with what is recorded.
+    Instructions(instructions::Options),
     /// Fuzz one target, or all of them in turn.
     Fuzz(fuzz::Options),
     /// Run a command in a guest with a kernel of its own, over this machine's files.
@@ -47,6 +53,8 @@ fn main() -> ExitCode {
     vm::guest();
     let done = match Cli::parse().command {
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
+        Command::Instructions(options) => instructions::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         #[cfg(target_os = "linux")]
         Command::Vm(options) => match vm::run(options) {

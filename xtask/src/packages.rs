@@ -30,6 +30,7 @@ const PACKAGES: &[(&str, &str)] = &[
         "systemd",
         "systemd-analyze: the unit of a service is understood",
     ),
+    ("valgrind", "counts instructions per request"),
     ("xz-utils", "unpacks the modules of a guest's kernel"),
     ("zstd", "unpacks a guest's kernel"),
 ];

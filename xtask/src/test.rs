@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::report::Report;
-use crate::{features, fuzz, licences, outsider, packages, root, targets};
+use crate::{features, fuzz, instructions, licences, outsider, packages, root, targets};
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, Args)]
@@ -55,6 +55,7 @@ pub(crate) fn run(options: &Options) -> Result<bool, String> {
     tests(&mut report, options.long);
     #[cfg(target_os = "linux")]
     crate::vm::suites::run(&mut report, options.long);
+    instructions::step(&mut report);
     outsider::run(&mut report);
     targets::run(&mut report);
     fuzz::smoke(&mut report, options.long);
