@@ -1,9 +1,11 @@
 //! FUSE file systems of the kernel: made without being seen anywhere, put in a place, and taken away.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
@@ -12,9 +14,12 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
 };
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 /// Where the kernel's FUSE is.
 pub(crate) const DEVICE: &str = "/dev/fuse";
+/// What mounts for those who may not.
+const HELPER: &str = "fusermount3";
 
 /// A file system that has a connection, and is in no place yet. It goes when this and all its open files are closed.
 pub(crate) struct FileSystem {
@@ -90,24 +95,70 @@ pub(super) fn take_away(path: &Path, anyway: bool) -> io::Result<()> {
     match unmount(path, flags) {
         // Nothing is mounted there, any more.
         Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
-        Err(Errno::PERM) => helper(path, anyway),
+        Err(Errno::PERM) => unmount_by_helper(path, anyway),
         Err(error) => Err(error.into()),
     }
 }
 
+/// Lets fusermount3, which may do so for anybody, mount a file system of one file on the file `path` of the caller's.
+pub(super) fn mount_by_helper(path: &Path, is_read_only: bool) -> io::Result<File> {
+    let (ours, its) = UnixStream::pair()?;
+    let mut options =
+        "fsname=ulio,subtype=ulio,default_permissions,nodev,nosuid,noexec,noatime".to_owned();
+    if is_read_only {
+        options += ",ro";
+    }
+    let mut command = Command::new(HELPER);
+    // It sends the connection over the socket that it finds at the number told, which is that of its standard input.
+    command.env("_FUSE_COMMFD", "0").stdin(OwnedFd::from(its));
+    command.arg("-o").arg(options).arg("--").arg(path);
+    let output = command.output();
+    // Its copy of the other end, which would keep the socket open.
+    drop(command);
+    let output = output?;
+    let connection = match output.status.success() {
+        true => receive(&ours)?,
+        false => None,
+    };
+    connection.ok_or_else(|| said(&output))
+}
+
+/// The file that comes with the next byte.
+fn receive(socket: &UnixStream) -> io::Result<Option<File>> {
+    let mut byte = [0];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = [IoSliceMut::new(&mut byte)];
+    recvmsg(socket, &mut bytes, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let files = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+        _ => None,
+    });
+    Ok(files.map(File::from))
+}
+
+/// What fusermount3 complained of.
+fn said(output: &Output) -> io::Error {
+    let text = String::from_utf8_lossy(&output.stderr);
+    let text = text.trim().replace('\n', "; ");
+    match text.contains("busy") {
+        true => io::Error::new(io::ErrorKind::ResourceBusy, text),
+        false if text.is_empty() => io::Error::other(format!("{HELPER} failed")),
+        false => io::Error::other(text),
+    }
+}
+
 /// Asks fusermount3, which may do it for the user who mounted it.
-fn helper(path: &Path, anyway: bool) -> io::Result<()> {
-    let mut command = Command::new("fusermount3");
+fn unmount_by_helper(path: &Path, anyway: bool) -> io::Result<()> {
+    let mut command = Command::new(HELPER);
     command
         .arg(if anyway { "-uz" } else { "-u" })
         .arg("--")
         .arg(path);
     let output = command.stdin(Stdio::null()).output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
     match output.status.success() {
         true => Ok(()),
-        false if said.contains("busy") => Err(io::ErrorKind::ResourceBusy.into()),
-        false => Err(io::Error::other(said.trim().replace('\n', "; "))),
+        false => Err(said(&output)),
     }
 }
 

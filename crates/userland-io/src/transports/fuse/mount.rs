@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use rustix::fd::AsFd;
 #[cfg(feature = "attach")]
@@ -15,13 +16,15 @@ use tokio::sync::oneshot;
 
 use super::error::Error;
 use super::kernel::{self, FileSystem};
-use super::session::{Service, Session, Source};
+use super::session::{Service, Session};
 use crate::{Device, Engine};
 
 /// As many threads read requests by default, on a machine that has the CPUs.
 const THREADS: usize = 4;
 /// As many requests are served at once by default: what a loop device sends.
 const DEPTH: u16 = 128;
+/// How long what was cut off may take to end.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A disk that is to be a file: how it is to be served.
 ///
@@ -96,7 +99,7 @@ impl<E: Engine> File<E> {
         let is_read_only = self.device.geometry().is_read_only();
         let (connection, mount) = FileSystem::new(true, is_read_only)?.into_parts();
         let service = self.into_service(Some(name), block);
-        let session = service.start(Source::Connection(connection))?;
+        let session = service.start(connection)?;
         Ok(Unseen { session, mount })
     }
 
@@ -183,9 +186,7 @@ impl Inner {
         if !self.session.has_ended() {
             let path = &self.place.path;
             let unmounted = match kernel::take_away(path, false) {
-                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    kernel::take_away(path, true).and_then(|()| kernel::cut(self.device))
-                }
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => self.cut_off(),
                 other => other,
             };
             unmounted.map_err(|source| Error::Unmount {
@@ -196,6 +197,22 @@ impl Inner {
         let closed = self.session.join();
         drop(self.place);
         closed.map_err(Error::Close)
+    }
+}
+
+impl Inner {
+    /// Takes it away from those who have it open.
+    fn cut_off(&self) -> io::Result<()> {
+        kernel::take_away(&self.place.path, true)?;
+        // For root that was enough. Others need a file that is not everywhere.
+        let cut = kernel::cut(self.device);
+        match cut.is_ok() || self.session.ends_within(PATIENCE) {
+            true => Ok(()),
+            false => Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "a program has it open, and only root could take it away",
+            )),
+        }
     }
 }
 
@@ -261,21 +278,29 @@ impl Place {
             )));
         }
         let is_read_only = service.device.geometry().is_read_only();
-        match FileSystem::new(false, is_read_only) {
+        let (connection, mount) = match FileSystem::new(false, is_read_only) {
             Ok(made) => {
                 let (connection, mount) = made.into_parts();
-                let started = service.start(Source::Connection(connection));
-                let session = started.map_err(|error| failed(error.to_string()))?;
-                // If it cannot be put there nobody has it open, so the session ends when `mount` is closed.
-                kernel::put(mount.as_fd(), &self.path)
-                    .map_err(|error| failed(error.to_string()))?;
-                Ok(session)
+                (connection, Some(mount))
             }
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => service
-                .start(Source::Helper(&self.path))
-                .map_err(|error| failed(without_helper(&error))),
-            Err(error) => Err(failed(error.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let mounted = kernel::mount_by_helper(&self.path, is_read_only);
+                (mounted.map_err(|error| failed(without_root(&error)))?, None)
+            }
+            Err(error) => return Err(failed(error.to_string())),
+        };
+        let session = service.start(connection).map_err(|error| {
+            if mount.is_none() {
+                // What follows of it does not matter.
+                let _ = kernel::take_away(&self.path, true);
+            }
+            failed(error.to_string())
+        })?;
+        if let Some(mount) = mount {
+            // If it cannot be put there nobody has it open, so the session ends when `mount` is closed.
+            kernel::put(mount.as_fd(), &self.path).map_err(|error| failed(error.to_string()))?;
         }
+        Ok(session)
     }
 }
 
@@ -291,12 +316,12 @@ impl Drop for Place {
 }
 
 /// What to do for one who is not root.
-fn without_helper(error: &io::Error) -> String {
+fn without_root(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => {
             "this takes root, or the program fusermount3 (in the package fuse3)".to_owned()
         }
-        _ => error.to_string().trim().replace('\n', "; "),
+        _ => error.to_string(),
     }
 }
 

@@ -7,15 +7,16 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::path::Path;
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
-use fuser::{Config, MountOption, SessionACL};
+use fuser::{Config, SessionACL};
 use rustix::fd::OwnedFd;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 
 use super::file::{DiskFile, Modified};
+use super::kernel::DEVICE;
 use super::requests::Requests;
 use crate::{Device, Engine, Result};
 
@@ -34,14 +35,6 @@ pub(crate) struct Service<E> {
     pub(crate) block: u64,
 }
 
-/// Where the kernel's requests come from.
-pub(super) enum Source<'a> {
-    /// A connection whose file system is mounted, or is to be.
-    Connection(File),
-    /// One that fusermount3 makes and mounts here, for those who may not.
-    Helper(&'a Path),
-}
-
 /// A mount that is served.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -50,8 +43,8 @@ pub(crate) struct Session {
 }
 
 impl<E: Engine> Service<E> {
-    /// Serves `source`. Blocks for as long as the kernel takes to say hello.
-    pub(super) fn start(self, source: Source<'_>) -> io::Result<Session> {
+    /// Serves the file system of `connection`. Blocks for as long as the kernel takes to say hello.
+    pub(super) fn start(self, connection: File) -> io::Result<Session> {
         let own = match self.runtime {
             Some(_) => None,
             None => Some(own_runtime()?),
@@ -62,7 +55,6 @@ impl<E: Engine> Service<E> {
         };
         let (depth, threads) = (self.depth.max(1), self.threads.max(1));
         let (requests, waiting) = Requests::new(&self.device, depth.into(), threads, &runtime)?;
-        let is_read_only = self.device.geometry().is_read_only();
         let file = DiskFile {
             device: self.device.clone(),
             requests,
@@ -73,17 +65,10 @@ impl<E: Engine> Service<E> {
         };
         let mut config = Config::default();
         config.n_threads = Some(threads);
-        config.clone_fd = threads > 1;
-        let session = match source {
-            Source::Connection(connection) => {
-                let connection = OwnedFd::from(connection);
-                fuser::Session::from_fd(file, connection, SessionACL::Owner, config)?
-            }
-            Source::Helper(path) => {
-                config.mount_options = options(is_read_only);
-                fuser::Session::new(file, path, &config)?
-            }
-        };
+        // Those who may not open it have the one that they were given.
+        config.clone_fd = threads > 1 && File::open(DEVICE).is_ok();
+        let session =
+            fuser::Session::from_fd(file, OwnedFd::from(connection), SessionACL::Owner, config)?;
         let (ends, ended) = watch::channel(false);
         let device = self.device;
         let life = thread::Builder::new().name("fuse-life".to_owned());
@@ -113,21 +98,6 @@ fn own_runtime() -> io::Result<Runtime> {
         .build()
 }
 
-fn options(is_read_only: bool) -> Vec<MountOption> {
-    let mut options = vec![
-        MountOption::FSName("ulio".to_owned()),
-        MountOption::DefaultPermissions,
-        MountOption::NoExec,
-        MountOption::NoDev,
-        MountOption::NoSuid,
-        MountOption::NoAtime,
-    ];
-    if is_read_only {
-        options.push(MountOption::RO);
-    }
-    options
-}
-
 impl Session {
     /// Resolves when the kernel has dropped the mount, and everything of it has ended here.
     pub(crate) async fn ended(&self) {
@@ -139,6 +109,15 @@ impl Session {
     /// True once it has.
     pub(crate) fn has_ended(&self) -> bool {
         *self.ended.borrow() || self.thread.is_finished()
+    }
+
+    /// Waits for that, for so long.
+    pub(super) fn ends_within(&self, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        while !self.has_ended() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(2));
+        }
+        self.has_ended()
     }
 
     /// Waits for that, and tells how the disk's handle was closed.
