@@ -68,6 +68,7 @@
 //!   ways to make them.
 //! * `kernel-nbd` (Linux): kernel block devices by the kernel's NBD client, `transports::kernel_nbd`. It takes `nbd` with it.
 //! * `ublk` (Linux): kernel block devices by the ublk driver, `transports::ublk`.
+//! * `fuse` (Linux): a disk as a file, `transports::fuse`.
 
 #[cfg(all(feature = "attach", target_os = "linux"))]
 pub mod attach;
