@@ -4,6 +4,7 @@ use userland_io::{
     Checked, Discard, Engine, ErrorKind, ExtentKind, Extents, Features, Result, WriteFlags,
 };
 
+use super::model::names;
 use super::{broken, finish, must, opened, read, require, write};
 use crate::check::Verdict;
 
@@ -108,13 +109,14 @@ pub async fn zeroes_read_as_zeroes<E: Engine>(
             if error.kind() == ErrorKind::Unsupported && flags.contains(WriteFlags::FAST_ONLY));
         let mut should = full;
         if !refused {
-            must(&format!("write_zeroes {zeroed:?} {flags:?}"), result)?;
+            must(&format!("write_zeroes {zeroed:?}{}", names(flags)), result)?;
             should[zeroed.start as usize..zeroed.end as usize].fill(0);
         }
         let now = read(&disk, 0, len as usize).await?;
         if let Some(at) = (0..now.len()).find(|&at| now[at] != should[at]) {
             return Err(broken(format!(
-                "after write_zeroes {zeroed:?} {flags:?}{} byte {at} is {:#04x}, not {:#04x}",
+                "after write_zeroes {zeroed:?}{}{} byte {at} is {:#04x}, not {:#04x}",
+                names(flags),
                 if refused { ", which was refused," } else { "" },
                 now[at],
                 should[at]

@@ -108,7 +108,7 @@ impl<E: Engine> Walk<'_, E> {
             true => WriteFlags::FUA,
             false => WriteFlags::empty(),
         };
-        self.log.push(format!("write {range:?} {flags:?}"));
+        self.log.push(format!("write {range:?}{}", names(flags)));
         let buf = WriteBuf::new(&bytes);
         let result = self.disk.write(&buf, range.start, flags).await;
         must(&format!("a write of {range:?}"), result)?;
@@ -122,13 +122,14 @@ impl<E: Engine> Walk<'_, E> {
         for flag in [WriteFlags::FUA, WriteFlags::NO_UNMAP, WriteFlags::FAST_ONLY] {
             flags.set(flag, rng.u8(..3) == 0);
         }
-        self.log.push(format!("write_zeroes {range:?} {flags:?}"));
+        let request = format!("write_zeroes {range:?}{}", names(flags));
+        self.log.push(request.clone());
         let result = self.disk.write_zeroes(range.clone(), flags).await;
         let fast_only = flags.contains(WriteFlags::FAST_ONLY);
         match result {
             Err(error) if fast_only && error.kind() == ErrorKind::Unsupported => {}
             result => {
-                must(&format!("write_zeroes {range:?} {flags:?}"), result)?;
+                must(&request, result)?;
                 let inside = self.inside(&range);
                 self.model[inside].fill(0);
             }
@@ -206,6 +207,12 @@ impl<E: Engine> Walk<'_, E> {
         verdict.timeline = format!("  the last mutations: {}\n", self.log[last..].join(", "));
         verdict
     }
+}
+
+/// The flags as words, each after a space.
+pub(super) fn names(flags: WriteFlags) -> String {
+    let names = flags.iter_names();
+    names.map(|(name, _)| format!(" {name}")).collect()
 }
 
 fn head(bytes: &[u8]) -> String {
