@@ -102,7 +102,7 @@ pub struct Builder<E = AnyEngine> {
     settings: Settings,
 }
 
-impl Builder<nbd::Client> {
+impl Builder {
     /// Attaches the export at `uri` of somebody's NBD server, `nbd://host:port/export` or `nbd+unix:///export?socket=/path`.
     ///
     /// The kernel's own NBD client talks to the server if it can: then this process moves no bytes, [counts](Listed::server) no
@@ -114,7 +114,8 @@ impl Builder<nbd::Client> {
         let open = |uri: String| -> way::Pending<'static, _> {
             Box::pin(async move {
                 let client = nbd::Client::connect(&uri).await;
-                let opened = Device::open(client.map_err(AttachError::Connect)?).await;
+                let client = AnyEngine::new(client.map_err(AttachError::Connect)?);
+                let opened = Device::open(client).await;
                 opened.map_err(|error| AttachError::Refused(error.to_string()))
             })
         };

@@ -84,7 +84,7 @@ impl<E: Engine> Target<E> {
     ///
     /// So if this process dies, every request has failed after twice this time. If it lives and the disk is that slow, the
     /// connection is made anew as soon as the disk has answered, what was asked is done again, and the
-    /// kernel waits twice as long from then on.
+    /// kernel waits twice as long for what is new from then on.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = whole_seconds(timeout);
         self
