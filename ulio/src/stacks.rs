@@ -71,6 +71,19 @@ pub(crate) fn bottom(plan: &Plan) -> Option<&'static str> {
     Some(plan.options().next()?.entry().name)
 }
 
+/// The URI of an NBD server's export, if that alone is the stack: no layers, no options.
+#[cfg(target_os = "linux")]
+pub(crate) fn bare_uri(plan: &Plan) -> Option<String> {
+    let mut words = plan.words().iter();
+    let (Some(word), None) = (words.next(), words.next()) else {
+        return None;
+    };
+    match (bottom(plan), word.items.as_slice()) {
+        (Some("nbd"), [Item::Bare(uri)]) => Some(uri.text.clone()),
+        _ => None,
+    }
+}
+
 /// The words of `plan` with each path absolute, so that they name the same disk in any directory.
 #[cfg(target_os = "linux")]
 pub(crate) fn absolute(plan: &Plan) -> String {
@@ -142,6 +155,23 @@ mod tests {
         assert_eq!(marked("null:1G,readonly=no"), "null:1G,readonly=no");
         assert_eq!(marked("memory:1G"), "memory:1G");
         assert_eq!(marked("null"), "null");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn only_a_uri_alone_is_bare() {
+        let registry = Registry::builtin();
+        let bare = |words: &str| bare_uri(&registry.parse(words).unwrap());
+        let uri = Some("nbd://host/a".to_owned());
+        assert_eq!(bare("nbd://host/a"), uri);
+        assert_eq!(bare("nbd:'nbd://host/a'"), uri);
+        for words in [
+            "nbd://host/a,connections=4",
+            "nbd://host/a readonly",
+            "memory:1M",
+        ] {
+            assert_eq!(bare(words), None, "{words}");
+        }
     }
 
     #[cfg(target_os = "linux")]

@@ -5,9 +5,10 @@
 mod attach;
 mod common;
 use attach::{Attached, Mounted, can_attach, claim, has, listed, remains, run, until, via};
-use common::{Ran, Ulio, need};
+use common::{Ran, Server, Ulio, need};
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
@@ -306,6 +307,33 @@ fn the_list_counts_what_was_done() {
         .find(|line| line.starts_with(disk.path.to_str().unwrap()));
     assert!(line.unwrap().contains("1 MiB"), "{table:#?}");
     disk.stop();
+}
+
+/// By the kernel's client it talks to the server itself, and the process counts nothing.
+#[test]
+fn an_export_of_a_server_is_attached_by_its_uri() {
+    if !can_attach() {
+        return;
+    }
+    let ulio = Ulio::new();
+    let server = Server::start(&ulio, "serve memory:8M --listen unix:s", 1);
+    let disk = Attached::new(&ulio, &server.uris[0]);
+    let told = listed(&ulio, &disk.path).unwrap();
+    assert_eq!(told["stack"], server.uris[0]);
+    assert_eq!(told["counters"].is_null(), via() == "nbd", "{told}");
+    let block = [7; 4096];
+    {
+        let device = fs::File::options().write(true).open(&disk.path).unwrap();
+        device.write_all_at(&block, 1 << 20).unwrap();
+        device.sync_all().unwrap();
+    }
+    disk.stop();
+    ulio.run(&format!("copy {} file:out.img", server.uris[0]))
+        .ok();
+    assert_eq!(ulio.read("out.img")[1 << 20..][..4096], block);
+    server.stop().ok();
+    ulio.run(&format!("attach --via {} nbd+unix:///?socket=gone", via()))
+        .fails(1, &["gone"]);
 }
 
 #[test]

@@ -6,8 +6,11 @@
 mod background;
 
 use std::io;
+use std::path::PathBuf;
+use std::pin::Pin;
 use std::time::Duration;
 
+use userland_io::Engine;
 use userland_io::attach::{self, AttachError, Attached, Builder, DetachError, State};
 use userland_io::stack::{Plan, Registry};
 
@@ -55,13 +58,12 @@ async fn serve(
     let service = Service::find();
     // Before an image is created: from here on a signal ends it in order.
     let mut signals = Signals::listen()?;
-    let builder = tokio::select! {
-        builder = prepare(&arguments, &plan) => builder?,
+    let mut attaching = tokio::select! {
+        attaching = prepare(&arguments, &plan) => attaching?,
         () = signals.next() => return Err(Failure::Failed(INTERRUPTED.to_owned())),
     };
     let is_recoverable = arguments.recoverable || arguments.resume.is_some();
     // Once begun it is not broken off: that could leave a device behind.
-    let mut attaching = std::pin::pin!(builder.attach());
     let attached = tokio::select! {
         attached = &mut attaching => attached,
         () = signals.next() => {
@@ -85,7 +87,10 @@ async fn serve(
 
     tokio::select! {
         why = attached.ended() => match why {
-            None => Ok(note(&format!("{path} was detached"))),
+            None => {
+                note(&format!("{path} was detached"));
+                Ok(())
+            }
             Some(why) => Err(Failure::of(path, why)),
         },
         () = signals.next() => {
@@ -98,35 +103,60 @@ async fn serve(
 
 const INTERRUPTED: &str = "interrupted before the device was ready";
 
+/// What attaches, once it is polled.
+type Attaching = Pin<Box<dyn Future<Output = Result<Attached, AttachError>>>>;
+
 /// Opens the disk, and says how it is to be attached.
-async fn prepare(arguments: &Attach, plan: &Plan) -> Result<Builder, Failure> {
+async fn prepare(arguments: &Attach, plan: &Plan) -> Result<Attaching, Failure> {
     let label = stacks::absolute(plan);
     let mut resume = arguments.resume.clone();
     if resume.is_none() && arguments.recoverable {
         resume = waiting(&label)?;
     }
-    let mut builder = Builder::new(stacks::open(plan).await?)
-        .read_only(arguments.read_only)
-        .recoverable(arguments.recoverable)
-        .label(label);
-    if let Some(via) = arguments.via {
-        builder = builder.via(via);
+    let how = How {
+        arguments,
+        label,
+        resume,
+    };
+    Ok(match stacks::bare_uri(plan) {
+        // The kernel can talk to the server itself, perhaps.
+        Some(uri) => Box::pin(how.tell(Builder::export(uri)).attach()),
+        None => Box::pin(how.tell(Builder::new(stacks::open(plan).await?)).attach()),
+    })
+}
+
+/// How a disk is to be attached, whatever it is.
+struct How<'a> {
+    arguments: &'a Attach,
+    label: String,
+    resume: Option<PathBuf>,
+}
+
+impl How<'_> {
+    fn tell<E: Engine>(self, builder: Builder<E>) -> Builder<E> {
+        let mut builder = builder
+            .read_only(self.arguments.read_only)
+            .recoverable(self.arguments.recoverable)
+            .label(self.label);
+        if let Some(via) = self.arguments.via {
+            builder = builder.via(via);
+        }
+        if let Some(queues) = self.arguments.queues {
+            builder = builder.queues(queues);
+        }
+        if let Some(depth) = self.arguments.depth {
+            builder = builder.depth(depth);
+        }
+        match self.resume {
+            Some(path) => builder.resume(path),
+            None => builder,
+        }
     }
-    if let Some(queues) = arguments.queues {
-        builder = builder.queues(queues);
-    }
-    if let Some(depth) = arguments.depth {
-        builder = builder.depth(depth);
-    }
-    if let Some(path) = resume {
-        builder = builder.resume(path);
-    }
-    Ok(builder)
 }
 
 /// The device that a process before this one made of the same stack, and that waits for it. Another beside it would
 /// make two disks of one.
-fn waiting(label: &str) -> Result<Option<std::path::PathBuf>, Failure> {
+fn waiting(label: &str) -> Result<Option<PathBuf>, Failure> {
     let listed = attach::list().map_err(|error| Failure::of("listing what is attached", error))?;
     let mut of_it = listed
         .iter()
