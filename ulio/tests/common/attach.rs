@@ -3,10 +3,10 @@
 #![allow(dead_code)] // each test file uses a part of it
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::common::{Ran, Server, Ulio, need, send};
@@ -198,18 +198,16 @@ impl Drop for Mounted {
 }
 
 /// fio on a device, which is killed if a test ends before it does.
-pub(crate) struct Fio {
-    child: std::process::Child,
-    begun: BufReader<std::process::ChildStdout>,
-}
+pub(crate) struct Fio(Child);
 
 impl Fio {
-    /// Starts it with `options`, and waits until it says that it works.
+    /// Starts it with `options`, and waits until it works.
     #[track_caller]
     pub(crate) fn start(dir: &Path, path: &Path, options: &[&str]) -> Self {
-        let mut child = Command::new(need::program("fio").unwrap())
+        let before = requests(path);
+        let child = Command::new(need::program("fio").unwrap())
             .args(["--name=load", "--direct=1", "--ioengine=libaio", "--thread"])
-            .args(["--output-format=terse", "--status-interval=1"])
+            .args(["--output-format=terse"])
             .arg(format!("--filename={}", path.display()))
             .args(options)
             .current_dir(dir)
@@ -218,25 +216,25 @@ impl Fio {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let begun = BufReader::new(child.stdout.take().unwrap());
-        let mut fio = Fio { child, begun };
-        let mut line = String::new();
-        fio.begun.read_line(&mut line).unwrap();
-        assert!(line.contains("load"), "{:?}", fio.wait());
+        let mut fio = Fio(child);
+        until("fio works", || {
+            assert!(fio.is_running(), "fio ended");
+            requests(path) >= before + 100
+        });
         fio
     }
 
     /// True if it still works.
     pub(crate) fn is_running(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
+        self.0.try_wait().unwrap().is_none()
     }
 
     /// Waits for its end: how many errors it counted, and what it said on stderr.
     pub(crate) fn wait(mut self) -> (u64, String) {
-        let err = self.child.stderr.take().unwrap();
+        let err = self.0.stderr.take().unwrap();
         let told = std::thread::spawn(move || io::read_to_string(err).unwrap_or_default());
-        let out = io::read_to_string(&mut self.begun).unwrap();
-        self.child.wait().unwrap();
+        let out = io::read_to_string(self.0.stdout.take().unwrap()).unwrap();
+        self.0.wait().unwrap();
         let told = told.join().unwrap();
         let last = out.lines().rfind(|line| line.contains(";load;"));
         // The terse format's fifth field: the error number of the job.
@@ -246,7 +244,7 @@ impl Fio {
 
     /// Ends it, as Ctrl-C does.
     pub(crate) fn stop(self) -> (u64, String) {
-        send(&self.child, "INT");
+        send(&self.0, "INT");
         self.wait()
     }
 }
@@ -254,8 +252,16 @@ impl Fio {
 impl Drop for Fio {
     fn drop(&mut self) {
         if self.is_running() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
+            let _ = self.0.kill();
+            let _ = self.0.wait();
         }
     }
+}
+
+/// How many reads and writes of the device the kernel has counted.
+fn requests(path: &Path) -> u64 {
+    let name = path.file_name().unwrap();
+    let stat = fs::read_to_string(Path::new("/sys/block").join(name).join("stat")).unwrap();
+    let number = |n| stat.split_whitespace().nth(n)?.parse::<u64>().ok();
+    number(0).unwrap() + number(4).unwrap()
 }
