@@ -39,9 +39,9 @@ async fn direct_requests_of_every_length_carry_their_bytes() {
     let part = (SIZE / 4) as usize;
     let parts: Vec<Vec<u8>> = thread::scope(|scope| {
         let threads: Vec<_> = (0..4)
-            .map(|index| {
+            .map(|index: u64| {
                 let path = disk.path();
-                scope.spawn(move || direct_part(path, index as u64 * SIZE / 4, part, index))
+                scope.spawn(move || direct_part(path, index * SIZE / 4, part, index))
             })
             .collect();
         let ended = threads.into_iter().map(|thread| thread.join().unwrap());

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use userland_io::engines::Memory;
 
@@ -15,7 +14,7 @@ mod clients;
 mod mounted;
 #[path = "common/need.rs"]
 mod need;
-use attach::{attached_as, detach, opened};
+use attach::{attached_as, detach, opened, resized};
 use clients::succeed;
 use mounted::Mounted;
 
@@ -94,8 +93,7 @@ async fn a_mounted_ext4_grows_with_its_disk() {
     fs::remove_file(&file).unwrap();
 
     device.get_ref().resize(48 * MIB);
-    let resized = tokio::time::timeout(Duration::from_secs(30), disk.resized(16 * MIB));
-    assert_eq!(resized.await.unwrap(), 48 * MIB);
+    assert_eq!(resized(&disk, 16 * MIB).await, 48 * MIB);
     if may_grow() {
         succeed(&resize2fs, &[path]);
         fs::write(&file, &bytes).unwrap();

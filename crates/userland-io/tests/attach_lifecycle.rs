@@ -2,8 +2,10 @@
 #![cfg(all(feature = "attach", target_os = "linux"))]
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use userland_io::attach::{AttachError, Builder, DetachError, Listed, State, Via, list};
@@ -17,7 +19,9 @@ mod children;
 mod clients;
 #[path = "common/need.rs"]
 mod need;
-use attach::{Aligned, attached, detach, direct, is_free, open, opened, until, via};
+use attach::{
+    Aligned, attached, attached_as, detach, direct, is_free, open, opened, resized, until, via,
+};
 use children::Child;
 
 const SIZE: u64 = 8 << 20;
@@ -122,6 +126,97 @@ async fn a_disk_whose_end_is_no_whole_block_is_rounded_down() {
     let short = opened(Memory::new(511)).await;
     let error = Builder::new(short).attach().await.unwrap_err();
     assert!(error.to_string().contains("511 bytes"), "{error}");
+}
+
+/// What the library logs in this process.
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Logged;
+
+impl Write for Logged {
+    fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
+        LOG.lock().unwrap().write(text)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_device_follows_its_disks_size_or_the_log_says_why_not() {
+    let log = tracing_subscriber::fmt().with_ansi(false);
+    log.with_writer(|| Logged).init();
+    let device = opened(Memory::new(SIZE)).await;
+    let Some(disk) = attached_as(&device, |builder| builder).await else {
+        return;
+    };
+    let file = direct(disk.path());
+    file.write_all_at(&Aligned::filled(4096, 1), SIZE - 4096)
+        .unwrap();
+    // Linux 6.12 has ublk, and no way to resize one of its devices.
+    let can_follow = via() != Via::Ublk || std::env::var("ULIO_GUEST") != Ok("tcg".into());
+    let mut block = Aligned::new(4096);
+    device.get_ref().resize(2 * SIZE);
+    if can_follow {
+        assert_eq!(resized(&disk, SIZE).await, 2 * SIZE);
+        file.write_all_at(&Aligned::filled(4096, 2), 2 * SIZE - 4096)
+            .unwrap();
+        device.get_ref().resize(SIZE / 2 + 100);
+        assert_eq!(resized(&disk, 2 * SIZE).await, SIZE / 2);
+        assert_eq!(file.read_at(&mut block, SIZE).unwrap(), 0);
+    } else {
+        until("the log says so", || {
+            let log = String::from_utf8_lossy(&LOG.lock().unwrap()).into_owned();
+            log.lines().any(|line| {
+                line.contains("cannot follow the disk's size")
+                    && line.contains("cannot resize a device")
+            })
+        });
+        assert_eq!(disk.size(), SIZE);
+        file.read_exact_at(&mut block, SIZE - 4096).unwrap();
+        assert_eq!(block[..], [1; 4096]);
+    }
+    drop(file);
+    detach(disk).await;
+}
+
+/// The device's node in a directory where nobody but us makes nodes.
+#[tokio::test]
+async fn a_device_is_there_where_neither_udev_nor_the_kernel_makes_nodes() {
+    let Some(unshare) = need::program("unshare") else {
+        return;
+    };
+    if via() == Via::Fuse && std::env::var_os("ULIO_GUEST").is_none() {
+        return need::guest("a place for a /dev of its own");
+    }
+    let test = std::env::current_exe().unwrap();
+    let script = "set -e; cd /dev; mkdir -p /run/dev; mount -t tmpfs dev /run/dev
+        cp -a null zero urandom fuse loop-control ublk-control /run/dev/ 2>/run/none || :
+        mount --move /run/dev /dev; cd /; exec \"$0\" --exact --ignored --nocapture child_without_nodes";
+    let args = [
+        "--mount",
+        "--propagation=private",
+        "sh",
+        "-c",
+        script,
+        test.to_str().unwrap(),
+    ];
+    let said = clients::succeed(&unshare, &args);
+    assert!(said.contains("1 passed"), "{said}");
+}
+
+#[tokio::test]
+#[ignore = "another test's child process"]
+async fn child_without_nodes() {
+    let disk = attached(Memory::new(SIZE)).await.unwrap();
+    let mut block = Aligned::filled(4096, 3);
+    let file = direct(disk.path());
+    file.write_all_at(&block, 0).unwrap();
+    block.fill(0);
+    file.read_exact_at(&mut block, 0).unwrap();
+    assert_eq!(block[..], [3; 4096]);
+    drop(file);
+    detach(disk).await;
 }
 
 #[tokio::test]

@@ -26,15 +26,35 @@ struct Suite {
 const SUITES: &[Suite] = &[
     uml("kernel_nbd", &[]),
     uml("kernel_nbd_export", &[]),
-    uml("attach_lifecycle", UBLK),
     of_ulio(uml("attach", UBLK)),
     of_ulio(uml("attach", NBD)),
     of_ulio(uml("attach_recovery", UBLK)),
     of_ulio(uml("attach_recovery", NBD)),
+    uml("attach_requests", UBLK),
+    uml("attach_requests", NBD),
+    uml("attach_requests", FUSE),
+    uml("attach_data", UBLK),
+    uml("attach_data", NBD),
+    uml("attach_data", FUSE),
+    uml("attach_fs", UBLK),
+    uml("attach_fs", NBD),
+    uml("attach_fs", FUSE),
+    uml("attach_lifecycle", UBLK),
+    uml("attach_lifecycle", NBD),
+    uml("attach_lifecycle", FUSE),
+    uml("attach_recover", UBLK),
+    uml("attach_timers", UBLK),
+    uml("attach_timers", NBD),
+    uml("attach_leaks", UBLK),
+    uml("attach_leaks", NBD),
+    tcg("attach_requests", UBLK),
+    tcg("attach_lifecycle", UBLK),
+    tcg("attach_recover", UBLK),
 ];
 
 const UBLK: &[(&str, &str)] = &[("ULIO_VIA", "ublk")];
 const NBD: &[(&str, &str)] = &[("ULIO_VIA", "nbd")];
+const FUSE: &[(&str, &str)] = &[("ULIO_VIA", "fuse")];
 
 /// All tests of a program of the library's, in User-Mode Linux.
 const fn uml(test: &'static str, env: &'static [(&'static str, &'static str)]) -> Suite {
@@ -51,6 +71,14 @@ const fn uml(test: &'static str, env: &'static [(&'static str, &'static str)]) -
 const fn of_ulio(mut suite: Suite) -> Suite {
     suite.package = "ulio";
     suite
+}
+
+/// The same in an emulated machine, where everything takes its time.
+const fn tcg(test: &'static str, env: &'static [(&'static str, &'static str)]) -> Suite {
+    Suite {
+        kernel: Engine::Tcg,
+        ..uml(test, env)
+    }
 }
 
 /// The longest time that one guest may take, in seconds.

@@ -72,6 +72,12 @@ pub(crate) async fn detach(mut attached: Attached) {
     });
 }
 
+/// The device's size when it is no longer `seen`.
+pub(crate) async fn resized(attached: &Attached, seen: u64) -> u64 {
+    let resized = tokio::time::timeout(PATIENCE, attached.resized(seen)).await;
+    resized.expect("the device does not follow its disk")
+}
+
 /// True if the kernel has no device of this process at `path` any more.
 pub(crate) fn is_free(path: &Path) -> bool {
     let sysfs = sysfs(path);
