@@ -20,6 +20,8 @@ struct Suite {
     kernel: Engine,
     /// What its environment has beside the run's.
     env: &'static [(&'static str, &'static str)],
+    /// Only in long runs.
+    long: bool,
 }
 
 /// The table. A line more is all that another suite takes.
@@ -47,6 +49,9 @@ const SUITES: &[Suite] = &[
     uml("attach_timers", NBD),
     uml("attach_leaks", UBLK),
     uml("attach_leaks", NBD),
+    databases(UBLK),
+    databases(NBD),
+    databases(FUSE),
     tcg("attach_requests", UBLK),
     tcg("attach_lifecycle", UBLK),
     tcg("attach_recover", UBLK),
@@ -64,6 +69,16 @@ const fn uml(test: &'static str, env: &'static [(&'static str, &'static str)]) -
         only: "",
         kernel: Engine::Uml,
         env,
+        long: false,
+    }
+}
+
+/// The databases of the proof kit, in User-Mode Linux: what they take is too long for every day.
+const fn databases(env: &'static [(&'static str, &'static str)]) -> Suite {
+    Suite {
+        package: "userland-io-testing",
+        long: true,
+        ..uml("attach_databases", env)
     }
 }
 
@@ -81,8 +96,8 @@ const fn tcg(test: &'static str, env: &'static [(&'static str, &'static str)]) -
     }
 }
 
-/// The longest time that one guest may take, in seconds.
-const TIMEOUT: u32 = 900;
+/// The longest time that one guest may take, in seconds: every day, and in long runs.
+const TIMEOUTS: [u32; 2] = [900, 3 * 3600];
 
 /// Runs the suites of each kernel that can be had, in one guest each.
 pub(crate) fn run(report: &mut Report, long: bool) {
@@ -96,7 +111,7 @@ pub(crate) fn run(report: &mut Report, long: bool) {
     for (engine, name) in [(Engine::Uml, "uml"), (Engine::Tcg, "tcg")] {
         let suites: Vec<&Suite> = SUITES
             .iter()
-            .filter(|suite| suite.kernel == engine)
+            .filter(|suite| suite.kernel == engine && (long || !suite.long))
             .collect();
         if suites.is_empty() {
             continue;
@@ -125,7 +140,8 @@ pub(crate) fn run(report: &mut Report, long: bool) {
             Ok(script) => {
                 let mut cargo = Command::new("cargo");
                 cargo.args(["xtask", "vm", "-v", "--engine", name]);
-                cargo.args(["--timeout", &TIMEOUT.to_string(), "--", "sh"]);
+                let timeout = TIMEOUTS[usize::from(long)].to_string();
+                cargo.args(["--timeout", &timeout, "--", "sh"]);
                 report.step(&step, cargo.arg(script));
             }
             Err(error) => report.check(&step, || Err(error)),
