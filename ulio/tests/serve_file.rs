@@ -6,7 +6,6 @@ use common::{Server, Ulio, need, noise, send};
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -47,9 +46,14 @@ fn a_file_and_a_server_have_the_same_disk() {
         return;
     }
     let ulio = Ulio::new();
-    let listen = "serve memory:1M --read-only --json --listen fuse:disk --listen unix:s";
-    let server = Server::start(&ulio, listen, 1);
-    assert!(server.uris[0].contains("/disk"), "{}", server.uris[0]);
+    let listen = "serve memory:1M --read-only --listen fuse:disk --listen unix:s";
+    let server = Server::start(&ulio, listen, 2);
+    assert!(
+        server.uris[0].starts_with("nbd+unix:"),
+        "{}",
+        server.uris[0]
+    );
+    assert!(server.uris[1].ends_with("/disk"), "{}", server.uris[1]);
     let about = fs::metadata(ulio.path("disk")).unwrap();
     assert_eq!(
         (about.len(), about.permissions().mode() & 0o777),
@@ -91,35 +95,35 @@ fn what_a_killed_one_left_mounted_is_no_hindrance() {
     server.stop().ok();
 }
 
+/// As a user who is not root, in mounts of its own, where `/dev/fuse` is for everybody, as on most machines.
 #[test]
 fn another_user_has_it_by_fusermount() {
-    if !fuse() || need::program("fusermount3").is_none() {
+    let programs = ["fusermount3", "unshare", "setpriv"];
+    if !fuse() || !programs.iter().all(|name| need::program(name).is_some()) {
         return;
     }
     const NOBODY: u32 = 65534;
     let ulio = Ulio::new();
     std::os::unix::fs::chown(ulio.dir(), Some(NOBODY), Some(NOBODY)).unwrap();
     // Where that user may run it.
-    let program = ulio.path("ulio");
-    fs::copy(env!("CARGO_BIN_EXE_ulio"), &program).unwrap();
-    let mut command = Command::new(&program);
-    command.args(["serve", "memory:1M", "--listen", "fuse:disk"]);
-    command.current_dir(ulio.dir()).stdin(Stdio::null());
-    let server = Server::spawn(
-        {
-            command.uid(NOBODY).gid(NOBODY);
-            command
-        },
-        1,
-    );
-    let read = |path: &Path| {
-        let mut cat = Command::new("cat");
-        cat.arg(path).uid(NOBODY).gid(NOBODY).output().unwrap()
-    };
-    let output = read(&ulio.path("disk"));
-    assert_eq!(output.stdout.len(), 1 << 20, "{output:?}");
-    server.stop().ok();
-    assert!(!ulio.path("disk").exists());
+    fs::copy(env!("CARGO_BIN_EXE_ulio"), ulio.path("ulio")).unwrap();
+    let user = "
+        mkfifo out
+        ./ulio serve memory:1M --listen fuse:disk >out &
+        read path <out
+        wc -c <$path
+        kill -INT $!
+        wait $!
+        echo ended $?
+        ls";
+    let root = "
+        mknod fuse c 10 229 && chmod 666 fuse && mount --bind fuse /dev/fuse || exit
+        exec setpriv --reuid=65534 --regid=65534 --clear-groups sh -c \"$0\"";
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--mount", "sh", "-c", root, user]);
+    let output = unshare.current_dir(ulio.dir()).output().unwrap();
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(out, "1048576\nended 0\nfuse\nout\nulio\n", "{output:?}");
 }
 
 #[test]
