@@ -4,9 +4,12 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
 
-use userland_io::attach::{Attached, Builder, Via};
-use userland_io::{Device, Engine, engines::Memory};
+use userland_io::attach::{Attached, Builder, DetachError, Via};
+use userland_io::engines::Memory;
+use userland_io::{CrashLevel, Device, Engine, Geometry, ReadBuf, Result, WriteBuf, WriteFlags};
 
 #[path = "common/need.rs"]
 mod need;
@@ -69,4 +72,80 @@ async fn it_is_there_and_leaves_nothing() {
     drop(file);
     attached.detach().await.unwrap();
     assert_eq!(sysfs(&attached, "loop/backing_file"), "");
+}
+
+#[tokio::test]
+async fn who_takes_it_away_ends_it() {
+    let Some(losetup) = need::program("losetup") else {
+        return;
+    };
+    let Some(attached) = attach(Memory::new(1 << 20)).await else {
+        return;
+    };
+    let status = Command::new(losetup)
+        .arg("-d")
+        .arg(attached.path())
+        .status();
+    assert!(status.unwrap().success());
+    let why = attached.ended().await.unwrap();
+    assert!(why.contains("taken"), "{why}");
+}
+
+#[tokio::test]
+async fn one_that_a_program_has_open_is_left_to_it() {
+    let Some(mut attached) = attach(Memory::new(1 << 20)).await else {
+        return;
+    };
+    let file = open(&attached);
+    let error = attached.detach().await.unwrap_err();
+    assert!(matches!(error, DetachError::InUse { .. }), "{error}");
+    file.write_all_at(b"still", 0).unwrap();
+    drop(file);
+    // Closing it has not taken the device away, as the kernel would have done by then.
+    let mut bytes = [0; 5];
+    open(&attached).read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes, b"still");
+    attached.detach().await.unwrap();
+}
+
+#[tokio::test]
+async fn large_blocks_are_the_devices_where_it_can_have_them() {
+    for (block, theirs) in [(4096, 4096), (65536, 4096)] {
+        let memory = Arc::new(Memory::new((1 << 20) + 8191));
+        let Some(mut attached) = attach(Blocks(memory.clone(), block)).await else {
+            return;
+        };
+        let told = sysfs(&attached, "queue/logical_block_size");
+        assert_eq!(told, theirs.to_string());
+        assert_eq!(attached.size(), (1 << 20) + 4096);
+        let file = open(&attached);
+        file.write_all_at(&[7; 5000], 3000).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        attached.detach().await.unwrap();
+        let mut bytes = [0; 5002];
+        memory
+            .read(&mut ReadBuf::new(&mut bytes), 2999)
+            .await
+            .unwrap();
+        assert!(bytes[1..5001].iter().all(|byte| *byte == 7));
+        assert_eq!((bytes[0], bytes[5001]), (0, 0));
+    }
+}
+
+/// A memory of blocks.
+struct Blocks(Arc<Memory>, u32);
+
+impl Engine for Blocks {
+    fn geometry(&self) -> Geometry {
+        let mut geometry = Geometry::writable(self.0.geometry().size, CrashLevel::None);
+        geometry.logical_block_size = self.1;
+        geometry
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        self.0.read(buf, offset).await
+    }
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
+        self.0.write(buf, offset, flags).await
+    }
 }
