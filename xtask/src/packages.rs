@@ -36,7 +36,13 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 
 /// Packages that only the long tests use.
-const LONG: &[(&str, &str)] = &[("mmdebstrap", "makes a Debian root file system")];
+const LONG: &[(&str, &str)] = &[
+    ("mmdebstrap", "makes a Debian root file system"),
+    (
+        "postgresql",
+        "a database that commits while the power is cut",
+    ),
+];
 
 /// Installs what is missing, where that is allowed. Says what it does; whatever stays missing is
 /// named by the tests that skip themselves for it.

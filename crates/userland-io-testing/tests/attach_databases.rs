@@ -27,21 +27,42 @@ use attach::{attached, detach, until};
 use clients::{run, succeed};
 use mounted::Mounted;
 
-const SIZE: u64 = 48 << 20;
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python/sqlite_rows.py");
-/// Each way of SQLite's to commit, with a database of its own.
-const JOURNALS: [&str; 3] = ["delete", "persist", "wal"];
+const SIZE: u64 = 128 << 20;
+/// SQLite, with each of its ways to commit.
+const SQLITE: &[Database] = &[
+    Database("sqlite_rows.py", "delete"),
+    Database("sqlite_rows.py", "persist"),
+    Database("sqlite_rows.py", "wal"),
+];
+const POSTGRES: &[Database] = &[Database("postgres_rows.py", "cluster")];
+
+/// A script that fills a database and looks at it, and the database's name.
+struct Database(&'static str, &'static str);
+
+impl Database {
+    /// The script, to do what `what` says to the database in `directory`.
+    fn command(&self, programs: &Programs, what: &str, directory: &Path) -> Command {
+        let Database(script, name) = self;
+        let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python");
+        let mut command = Command::new(&programs.python);
+        command.arg(scripts.join(script)).arg(what);
+        command.arg(directory.join(name)).arg(name);
+        command
+    }
+}
 
 /// The programs that it takes.
 struct Programs {
+    databases: &'static [Database],
     python: PathBuf,
     mkfs: PathBuf,
     e2fsck: PathBuf,
 }
 
 impl Programs {
-    fn find() -> Option<Self> {
+    fn find(databases: &'static [Database]) -> Option<Self> {
         Some(Programs {
+            databases,
             python: need::python("sqlite3")?,
             mkfs: need::program("mkfs.ext4")?,
             e2fsck: need::program("e2fsck")?,
@@ -58,13 +79,9 @@ struct Load {
 }
 
 impl Load {
-    fn start(programs: &Programs, directory: &Path, journal: &str) -> Self {
-        let mut command = Command::new(&programs.python);
-        command.arg(SCRIPT).arg("load").arg(directory.join(journal));
-        command
-            .arg(journal)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
+    fn start(programs: &Programs, directory: &Path, database: &Database) -> Self {
+        let mut command = database.command(programs, "load", directory);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let lines = BufReader::new(process.stdout.take().unwrap()).lines();
         let committed = Arc::new(AtomicU64::new(u64::MAX));
@@ -90,8 +107,10 @@ impl Load {
 
 impl Drop for Load {
     fn drop(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
+        // The end of its input is what ends it.
+        drop(self.process.stdin.take());
+        let ended = self.process.wait().unwrap();
+        assert!(ended.success() || thread::panicking(), "{ended}");
     }
 }
 
@@ -118,7 +137,10 @@ async fn cuts(
         &["-q", "-F", device.path().to_str().unwrap()],
     );
     let mounted = Mounted::new(device.path());
-    let loads = JOURNALS.map(|journal| Load::start(programs, mounted.path(), journal));
+    let databases = programs.databases.iter();
+    let loads: Vec<Load> = databases
+        .map(|database| Load::start(programs, mounted.path(), database))
+        .collect();
     let sum = || {
         loads
             .iter()
@@ -162,17 +184,19 @@ async fn cuts(
 async fn look(programs: &Programs, cut: &Cut) -> std::result::Result<(), String> {
     let device = attached(cut.disk.clone()).await.unwrap();
     let result = Mounted::attempt(device.path()).and_then(|mounted| {
-        for (journal, committed) in JOURNALS.iter().zip(&cut.committed) {
-            let file = mounted.path().join(journal);
-            let args = [SCRIPT, "check", file.to_str().unwrap()];
-            let ran = run(&programs.python, &args);
-            if !ran.ok {
-                return Err(format!("{journal}: {}", ran.stderr));
+        for (database, committed) in programs.databases.iter().zip(&cut.committed) {
+            let name = database.1;
+            let mut check = database.command(programs, "check", mounted.path());
+            let ran = check.stdin(Stdio::null()).output().unwrap();
+            if !ran.status.success() {
+                let said = String::from_utf8_lossy(&ran.stderr);
+                return Err(format!("{name}: {said}"));
             }
-            let found: u64 = ran.stdout.trim().parse().unwrap();
+            let said = String::from_utf8_lossy(&ran.stdout);
+            let found: u64 = said.trim().parse().unwrap();
             if found < *committed {
                 return Err(format!(
-                    "{journal}: {committed} rows, of which {found} are left"
+                    "{name}: {committed} rows, of which {found} are left"
                 ));
             }
         }
@@ -189,8 +213,8 @@ async fn look(programs: &Programs, cut: &Cut) -> std::result::Result<(), String>
     result.map_err(|error| format!("{:?}, {:?}: {error}", cut.keep, cut.committed))
 }
 
-async fn every_row_survives(seed: u64, count: usize) {
-    let Some(programs) = Programs::find() else {
+async fn every_row_survives(databases: &'static [Database], seed: u64, count: usize) {
+    let Some(programs) = Programs::find(databases) else {
         return;
     };
     let world = World::new(seed);
@@ -210,14 +234,25 @@ async fn every_row_survives(seed: u64, count: usize) {
 
 #[tokio::test]
 async fn every_committed_row_survives_twenty_cuts() {
-    every_row_survives(1, 20).await;
+    every_row_survives(SQLITE, 1, 20).await;
 }
 
 #[tokio::test]
 #[ignore = "takes minutes"]
 async fn every_committed_row_survives_two_hundred_cuts() {
     for seed in 0..4 {
-        every_row_survives(100 + seed, 50).await;
+        every_row_survives(SQLITE, 100 + seed, 50).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "takes minutes, and a server that few machines have"]
+async fn every_committed_row_of_postgresql_survives_forty_cuts() {
+    if !Path::new("/usr/lib/postgresql").exists() {
+        return need::skip("needs the server of PostgreSQL");
+    }
+    for seed in 0..4 {
+        every_row_survives(POSTGRES, seed, 10).await;
     }
 }
 
@@ -239,7 +274,7 @@ impl Filter for Forgetful {
 
 #[tokio::test]
 async fn a_disk_that_does_not_flush_is_found_out() {
-    let Some(programs) = Programs::find() else {
+    let Some(programs) = Programs::find(SQLITE) else {
         return;
     };
     let disk = SimDisk::new(&World::new(3), DiskConfig::new(SIZE, 4096));

@@ -1,6 +1,7 @@
-"""Rows in a SQLite database: `load FILE JOURNAL` adds them for ever and says how many are committed, `check
-FILE` says how many are there, all of them whole."""
+"""Rows in a SQLite database: `load FILE JOURNAL` adds them until its input ends and says how many are committed,
+`check FILE JOURNAL` says how many are there, all of them whole."""
 
+import select
 import sqlite3
 import sys
 
@@ -17,13 +18,14 @@ def load(db, journal):
     db.execute("PRAGMA wal_autocheckpoint=16")
     db.execute("CREATE TABLE rows (id INTEGER PRIMARY KEY, text TEXT)")
     row = 0
-    while True:
-        print(row, flush=True)
+    print(row, flush=True)
+    while not select.select([sys.stdin], [], [], 0)[0]:
         db.execute("BEGIN")
         for _ in range(1 + row % 3):
             row += 1
             db.execute("INSERT INTO rows VALUES (?, ?)", (row, text(row)))
         db.execute("COMMIT")
+        print(row, flush=True)
 
 
 def check(db):
@@ -38,9 +40,9 @@ def check(db):
     print(count)
 
 
-command, path = sys.argv[1:3]
+command, path, journal = sys.argv[1:]
 database = sqlite3.connect(path, isolation_level=None)
 if command == "load":
-    load(database, sys.argv[3])
+    load(database, journal)
 else:
     check(database)
