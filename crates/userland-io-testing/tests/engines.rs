@@ -1,6 +1,6 @@
 //! The library's engines pass the suite.
 
-use userland_io::engines::{File, Memory, Null, Pattern};
+use userland_io::engines::{Aio, File, Memory, Null, Pattern};
 use userland_io::layers::{Offset, OffsetEngine, ReadOnly, Stats, StatsEngine};
 use userland_io::{EngineExt, Filter, Result};
 use userland_io_testing::conformance::{
@@ -50,17 +50,24 @@ fn a_memory_that_is_resized_is_noticed_below_and_above_layers() {
 
 #[test]
 fn a_file_passes_buffered_and_direct() {
-    for (size, direct) in [(5 << 20, false), (123_457, false), (5 << 20, true)] {
+    for (size, direct, aio) in [
+        (5 << 20, false, Aio::Auto),
+        (123_457, false, Aio::Threads),
+        (5 << 20, true, Aio::Threads),
+        (5 << 20, true, Aio::Auto),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.img");
-        let open =
-            async || -> Result<File> { File::open(path.clone()).size(size).direct(direct).await };
+        let open = async || -> Result<File> {
+            let open = File::open(path.clone()).size(size);
+            open.direct(direct).aio(aio).await
+        };
         let checked = block_on(async {
             all(&open).await?;
             close_keeps_what_was_written(&open).await
         });
         if let Err(verdict) = checked {
-            panic!("{size} bytes, direct: {direct}: {verdict}");
+            panic!("{size} bytes, direct: {direct}, {aio:?}: {verdict}");
         }
     }
 }

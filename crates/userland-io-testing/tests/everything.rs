@@ -128,7 +128,13 @@ fn files(dir: &Path, direct: bool) {
     let path = path.display();
     each(&[&format!("file:{path},size=150K")], 40);
     if direct {
-        each(&[&format!("file:{path},direct")], 25);
+        each(
+            &[
+                &format!("file:{path},direct"),
+                &format!("file:{path},direct,aio=threads"),
+            ],
+            25,
+        );
     }
     each(&[&format!("file:{path} offset:50K stats delay:5us")], 15);
     let path = dir.join("parted.img");

@@ -86,6 +86,10 @@ mod geometry;
 mod give_way;
 mod slots;
 mod threads;
+#[cfg(target_os = "linux")]
+mod uring;
+#[cfg(target_os = "linux")]
+mod wake;
 
 pub mod copy;
 pub mod engines;

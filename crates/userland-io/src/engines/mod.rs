@@ -5,7 +5,7 @@ mod memory;
 mod null;
 mod pattern;
 
-pub use file::{File, OpenFile};
+pub use file::{Aio, File, OpenFile};
 pub use memory::Memory;
 pub use null::Null;
 pub use pattern::Pattern;

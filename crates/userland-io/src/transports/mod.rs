@@ -12,8 +12,4 @@ pub mod nbd;
 #[cfg(all(any(feature = "ublk", feature = "kernel-nbd"), target_os = "linux"))]
 pub(crate) mod node;
 #[cfg(all(feature = "ublk", target_os = "linux"))]
-mod queue;
-#[cfg(all(feature = "ublk", target_os = "linux"))]
 pub mod ublk;
-#[cfg(all(any(feature = "ublk", feature = "kernel-nbd"), target_os = "linux"))]
-mod wake;

@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use super::sys::{Calls, Os};
-use super::{File, OpenFile};
+use super::sys::{Calls, Direction, Os};
+use super::{Aio, File, OpenFile};
 use crate::{Engine, ErrorKind, ExtentKind, Extents, ReadBuf, Result, WriteBuf, WriteFlags};
 
 mod at_once;
 mod flushes;
+mod ring;
 
 const NONE: WriteFlags = WriteFlags::empty();
 const EINTR: i32 = 4;
@@ -136,6 +137,14 @@ impl Calls for Faulty {
         let len = self.meet(Call::Write, buf.len())?;
         Os.write(file, buf, offset).map(|put| put.min(len))
     }
+    fn transferred(&self, direction: Direction, result: io::Result<usize>) -> io::Result<usize> {
+        let call = match direction {
+            Direction::Read => Call::Read,
+            Direction::Write => Call::Write,
+        };
+        let moved = result?;
+        Ok(moved.min(self.meet(call, moved)?))
+    }
     fn sync(&self, file: &OsFile) -> io::Result<()> {
         self.meet(Call::Sync, 0)?;
         Os.sync(file)
@@ -184,6 +193,17 @@ async fn disk(size: u64) -> (TempDir, Faulty, File) {
     (place, faulty, disk)
 }
 
+/// What can wait for the disk here.
+fn modes() -> Vec<Aio> {
+    match super::ring::Ring::new() {
+        Ok(_) => vec![Aio::Threads, Aio::Uring],
+        Err(error) => {
+            println!("SKIP: no io_uring here ({error})");
+            vec![Aio::Threads]
+        }
+    }
+}
+
 fn same_file(place: &TempDir) -> OpenFile {
     File::open(place.path().join("disk.img"))
 }
@@ -212,11 +232,14 @@ fn hold(errno: i32) -> (Fault, Receiver<()>, Sender<()>) {
 
 #[tokio::test]
 async fn interrupted_and_short_transfers_move_every_byte_once() {
-    for direct in [false, true] {
+    for (direct, aio) in modes()
+        .into_iter()
+        .flat_map(|aio| [(false, aio), (true, aio)])
+    {
         let size = (1_u64 << 20) + 70_000;
         let place = tempfile::tempdir().unwrap();
         let faulty = Faulty::default();
-        let open = same_file(&place).size(size).direct(direct);
+        let open = same_file(&place).size(size).direct(direct).aio(aio);
         let disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
         let block = u64::from(disk.geometry().logical_block_size);
         let mut model = vec![0_u8; size as usize];

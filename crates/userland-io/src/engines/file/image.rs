@@ -20,7 +20,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::at_once::AtOnce;
 use super::extents;
-use super::sys::Calls;
+use super::sys::{Calls, Direction};
 use crate::threads::{Epochs, Mark};
 use crate::{AlignedBuf, Error, ErrorKind, ExtentKind, Extents, Geometry, Result, WriteFlags};
 
@@ -86,7 +86,7 @@ impl Image {
         }
     }
 
-    fn handle(&self, lane: Lane) -> &File {
+    pub(super) fn handle(&self, lane: Lane) -> &File {
         match (lane, &self.beside) {
             (Lane::Tail, Some(beside)) => beside,
             _ => &self.file,
@@ -99,15 +99,8 @@ impl Image {
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
             let at = offset + done as u64;
             let len = rest.len();
-            match self.calls.read(self.handle(lane), rest, at) {
-                Ok(0) => return Err(self.ended(at)),
-                Ok(got) => match self.whole(lane, got, len) {
-                    0 => return Err(self.ended(at + got as u64)),
-                    got => done += got,
-                },
-                Err(error) if is_interrupted(&error) => {}
-                Err(error) => return Err(error.into()),
-            }
+            let result = self.calls.read(self.handle(lane), rest, at);
+            done += self.counts(Direction::Read, lane, result, at, len)?;
         }
         Ok(())
     }
@@ -140,19 +133,37 @@ impl Image {
         let mut done = 0;
         while let Some(rest) = buf.get(done..).filter(|rest| !rest.is_empty()) {
             let at = offset + done as u64;
-            match write(self.handle(lane), rest, at) {
-                Ok(put) => match self.whole(lane, put, rest.len()) {
-                    0 => {
-                        let text = format!("{put} of {} bytes written at {at}", rest.len());
-                        return Err(io::Error::new(io::ErrorKind::WriteZero, text));
-                    }
-                    put => done += put,
-                },
-                Err(error) if is_interrupted(&error) => {}
-                Err(error) => return Err(error),
-            }
+            let result = write(self.handle(lane), rest, at);
+            done += self.counts(Direction::Write, lane, result, at, rest.len())?;
         }
         Ok(())
+    }
+
+    /// How many bytes further a read or write at `at` has come of which `left` were left: 0 if it
+    /// was interrupted.
+    ///
+    /// # Errors
+    /// If the call failed, or brings no more.
+    pub(super) fn counts(
+        &self,
+        direction: Direction,
+        lane: Lane,
+        result: io::Result<usize>,
+        at: u64,
+        left: usize,
+    ) -> io::Result<usize> {
+        match result {
+            Ok(moved) => match (self.whole(lane, moved, left), direction) {
+                (0, Direction::Read) => Err(self.ended(at + moved as u64)),
+                (0, Direction::Write) => {
+                    let text = format!("{moved} of {left} bytes written at {at}");
+                    Err(io::Error::new(io::ErrorKind::WriteZero, text))
+                }
+                (whole, _) => Ok(whole),
+            },
+            Err(error) if is_interrupted(&error) => Ok(0),
+            Err(error) => Err(error),
+        }
     }
 
     /// What of a transfer counts: a direct one goes on from a block's start only.
@@ -345,11 +356,11 @@ impl Image {
         }
     }
 
-    fn ended(&self, at: u64) -> Error {
+    fn ended(&self, at: u64) -> io::Error {
         let size = self.geometry.size;
         let text =
             format!("the file ends at {at}, inside a disk of {size} bytes: it was cut short");
-        Error::new(ErrorKind::Io, text)
+        io::Error::new(io::ErrorKind::UnexpectedEof, text)
     }
 }
 

@@ -2,10 +2,11 @@
 //!
 //! Buffered unless asked otherwise: what the page cache can serve at once goes straight between
 //! it and the caller's memory (Linux, where the file system allows), all the rest through memory of
-//! the engine's own on a pool of threads, so that a dropped request leaves nothing behind that
+//! the engine's own by a ring or on a pool of threads, so that a dropped request leaves nothing behind that
 //! touches its memory. A flush is `fdatasync`.
 //!
 //! `open` makes the engine, `image` does the work, `sys` is the one place with system calls;
+//! `ring` makes transfers that wait for the disk where there is io_uring;
 //! `at_once` decides about writes that may wait but seldom do, `flushes` merges what comes together;
 //! `direct`, `extents`, `blockdev` and `lock` are what their names say.
 
@@ -34,11 +35,14 @@ mod flushes;
 mod image;
 mod lock;
 mod open;
+#[cfg_attr(not(target_os = "linux"), path = "no_ring.rs")]
+mod ring;
 mod sys;
 
 use flushes::Flushes;
 use image::{Image, Lane};
-pub use open::OpenFile;
+pub use open::{Aio, OpenFile};
+use ring::Ring;
 
 /// A disk whose bytes are a file's, or a block device's.
 ///
@@ -67,7 +71,7 @@ pub use open::OpenFile;
 /// A buffered write to a local file system or device is a copy into the page cache, and is made in the task that asks for it, also
 /// where the kernel cannot promise that it does not wait (ext4, block devices). Where it did, for 5 ms or more (the kernel throttles
 /// who writes faster than the disk does, by up to 200 ms at a time), the next go to threads, for 16 times as long
-/// as it took. All else that waits for a disk is done by threads.
+/// as it took. All else that waits for a disk is done by an io_uring ring or by threads ([`Aio`]).
 ///
 /// # The lock
 ///
@@ -77,6 +81,8 @@ pub use open::OpenFile;
 pub struct File {
     image: Arc<Image>,
     flushes: Flushes,
+    /// For transfers that must wait; `None` if threads of the pool make them, too.
+    ring: Option<Ring>,
     pool: Pool,
 }
 
@@ -94,11 +100,7 @@ impl Engine for File {
         while done < buf.len() {
             let at = offset + done as u64;
             let (lane, len) = self.image.piece(at, buf.len() - done);
-            let (image, mut memory) = (self.image.clone(), self.image.buffers.take(len));
-            let memory = self
-                .pool
-                .run(move || image.read(lane, &mut memory[..len], at).map(|()| memory))
-                .await?;
+            let memory = self.read_piece(lane, len, at).await?;
             buf.slice(done..done + len).copy_from(&memory[..len]);
             self.image.buffers.give(memory);
             done += len;
@@ -133,6 +135,9 @@ impl Engine for File {
             return Ok(());
         }
         self.pool.settle().await;
+        if let Some(ring) = &self.ring {
+            ring.settle().await;
+        }
         self.sync().await
     }
 
@@ -188,6 +193,20 @@ impl Engine for File {
 }
 
 impl File {
+    async fn read_piece(&self, lane: Lane, len: usize, offset: u64) -> Result<AlignedBuf> {
+        let mut memory = self.image.buffers.take(len);
+        if let Some(ring) = &self.ring {
+            return ring.read(&self.image, lane, memory, len, offset).await;
+        }
+        let image = self.image.clone();
+        let read = move || {
+            image
+                .read(lane, &mut memory[..len], offset)
+                .map(|()| memory)
+        };
+        self.pool.run(read).await
+    }
+
     async fn write_piece(
         &self,
         buf: &WriteBuf<'_>,
@@ -198,17 +217,23 @@ impl File {
         let (image, len) = (self.image.clone(), buf.len());
         let mut memory: AlignedBuf = self.image.buffers.take(len);
         buf.copy_to(&mut memory[..len]);
-        let memory = self
-            .pool
-            .mutate(move || {
-                let bytes = &memory[..len];
-                match durable {
-                    true => image.write_durable(lane, bytes, offset)?,
-                    false => image.write(lane, bytes, offset)?,
-                }
-                Ok::<_, crate::Error>(memory)
-            })
-            .await?;
+        let memory = match &self.ring {
+            // A buffered one does not wait for the disk in the ring, either, but for a thread of the kernel's.
+            Some(ring) if image.direct && lane == Lane::Main && !durable => {
+                ring.write(&image, lane, memory, len, offset).await?
+            }
+            _ => {
+                let write = move || {
+                    let bytes = &memory[..len];
+                    match durable {
+                        true => image.write_durable(lane, bytes, offset)?,
+                        false => image.write(lane, bytes, offset)?,
+                    }
+                    Ok::<_, crate::Error>(memory)
+                };
+                self.pool.mutate(write).await?
+            }
+        };
         self.image.buffers.give(memory);
         Ok(())
     }

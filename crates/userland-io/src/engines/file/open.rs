@@ -19,6 +19,7 @@ use super::at_once::AtOnce;
 use super::flushes::Flushes;
 use super::image::{Buffers, Image, Lacks};
 use super::lock::{self, Refused};
+use super::ring::Ring;
 use super::sys::{self, Calls, Os};
 use crate::threads::{Epochs, Pool};
 use crate::{CrashLevel, Error, ErrorKind, Features, Geometry, Result};
@@ -35,7 +36,20 @@ pub struct OpenFile {
     direct: bool,
     read_only: bool,
     existing: bool,
+    aio: Aio,
     threads: usize,
+}
+
+/// What reads from the disk, and writes to it where they are direct.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Aio {
+    /// `Uring` where it is possible, else `Threads`.
+    #[default]
+    Auto,
+    /// A thread for each transfer under way, up to [`OpenFile::threads`].
+    Threads,
+    /// An io_uring ring (Linux 5.13, and not where it is forbidden to the process, as in many containers).
+    Uring,
 }
 
 impl File {
@@ -47,6 +61,7 @@ impl File {
             direct: false,
             read_only: false,
             existing: false,
+            aio: Aio::Auto,
             threads: 16,
         }
     }
@@ -79,6 +94,12 @@ impl OpenFile {
         self
     }
 
+    /// What waits for the disk. If left out: [`Aio::Auto`].
+    pub fn aio(mut self, aio: Aio) -> Self {
+        self.aio = aio;
+        self
+    }
+
     /// How many operations may wait for the file at once, at least one; threads start as they are needed.
     /// If left out: 16.
     pub fn threads(mut self, threads: usize) -> Self {
@@ -88,10 +109,16 @@ impl OpenFile {
 
     pub(super) async fn open_with(self, calls: Box<dyn Calls>) -> Result<File> {
         let pool = Pool::new("ulio-file", self.threads)?;
-        let image = pool.run(move || self.image(calls)).await?;
+        let open = move || {
+            let image = self.clone().image(calls)?;
+            let ring = self.ring(&image)?;
+            Ok::<_, Error>((image, ring))
+        };
+        let (image, ring) = pool.run(open).await?;
         Ok(File {
             image: Arc::new(image),
             flushes: Flushes::default(),
+            ring,
             pool,
         })
     }
@@ -285,6 +312,25 @@ impl OpenFile {
     fn metadata(&self, file: &fs::File) -> Result<Metadata> {
         file.metadata()
             .map_err(|error| self.failed("cannot be looked at", error))
+    }
+
+    /// The ring, if there is to be one.
+    fn ring(&self, image: &Image) -> Result<Option<Ring>> {
+        if self.aio == Aio::Threads || (self.aio == Aio::Auto && image.never_waits) {
+            return Ok(None);
+        }
+        match Ring::new() {
+            Ok(ring) => Ok(Some(ring)),
+            Err(error) if self.aio == Aio::Uring => {
+                let text = format!("cannot have an io_uring ring ({error}): use threads");
+                Err(self.refuse(ErrorKind::Unsupported, text))
+            }
+            Err(error) => {
+                let path = self.path.display();
+                tracing::info!(%path, %error, "no io_uring: threads wait for the disk");
+                Ok(None)
+            }
+        }
     }
 
     fn file_options(&self) -> fs::OpenOptions {

@@ -2,7 +2,7 @@
 
 use crate::AnyEngine;
 use crate::EngineExt;
-use crate::engines::{File, Memory, Null, Pattern};
+use crate::engines::{Aio, File, Memory, Null, Pattern};
 use crate::stack::{Entry, Key, Kind, Options, Refusal, Registry};
 
 pub(super) fn add(registry: Registry) -> Registry {
@@ -82,6 +82,14 @@ fn file_entry() -> Entry {
         ))
         .key(
             Key::new(
+                "aio",
+                Kind::Choice(&["auto", "threads", "uring"]),
+                "what waits for the disk: threads, or an io_uring ring (Linux)",
+            )
+            .default("auto"),
+        )
+        .key(
+            Key::new(
                 "threads",
                 Kind::Number,
                 "how many operations may wait for the file at once",
@@ -105,6 +113,11 @@ async fn file(options: Options) -> Result<AnyEngine, Refusal> {
         .direct(options.flag("direct"))
         .read_only(options.flag("readonly"))
         .existing(options.flag("existing"))
+        .aio(match options.need::<String>("aio")?.as_str() {
+            "threads" => Aio::Threads,
+            "uring" => Aio::Uring,
+            _ => Aio::Auto,
+        })
         .threads(threads as usize);
     if let Some(size) = options.get("size") {
         open = open.size(size);

@@ -31,7 +31,7 @@ use crate::Engine;
 use crate::queue::{self, Queue};
 use crate::transports::nbd::socket::Socket;
 use crate::transports::nbd::transmission;
-use crate::transports::wake::{self, Calls, Eventfd};
+use crate::wake::{self, Calls, Eventfd};
 
 /// How many connections there can be.
 pub(super) const MOST: usize = 64;

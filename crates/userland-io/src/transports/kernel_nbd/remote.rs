@@ -15,7 +15,7 @@ use super::life::{self, BlockDevice, Message, Side};
 use super::target;
 use crate::transports::nbd::socket::Stream;
 use crate::transports::nbd::{Client, ClientBuilder};
-use crate::transports::wake::{Bell, Eventfd};
+use crate::wake::{Bell, Eventfd};
 
 /// The longest request that the driver sends, in bytes.
 const LONGEST: u32 = 32 << 20;

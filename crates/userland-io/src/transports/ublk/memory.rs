@@ -13,7 +13,7 @@ use std::rc::Rc;
 use rustix::mm::{self, Advice, MapFlags, MlockFlags, ProtFlags};
 
 use super::abi::{DESCRIPTION_LEN, Description, descriptions_offset};
-use crate::transports::queue::Ring;
+use crate::uring::Ring;
 
 /// How much of each buffer is there from the start. The rest, which few requests need, is made when first used, and kept.
 const AT_ONCE: usize = 16 << 10;

@@ -18,7 +18,7 @@ use super::serve::ServedQueue;
 use super::target::{char_device, char_path};
 use crate::queue::Queue;
 use crate::transports::node;
-use crate::transports::queue::{Executor, Stop};
+use crate::uring::{Executor, Stop};
 use crate::{Device, Engine};
 
 /// How long the node of a new device may take to be ours to open.
@@ -148,7 +148,7 @@ fn run<E: Engine>(setup: Setup<E>, tell: mpsc::Sender<io::Result<Stop>>) -> io::
         // Not heard if another queue has failed before.
         let _ = tell.send(all.then_some(stop).ok_or_else(refused));
     };
-    executor.run(queue, &runtime, tasks, started)
+    executor.run_queue(queue, &runtime, tasks, started)
 }
 
 /// Opens the character device, which may take a moment: udev may be at it, or the process before hold it still.

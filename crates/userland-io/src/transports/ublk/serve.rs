@@ -8,7 +8,7 @@ use io_uring::{opcode, types};
 
 use super::abi::{self, Description, Operation};
 use super::memory::{Buffers, Descriptions};
-use crate::transports::queue::{Executor, Ring};
+use crate::uring::{Executor, Ring};
 use crate::{Device, Engine, Error, ErrorKind, ReadBuf, Result, WriteBuf, WriteFlags, errno};
 
 /// One queue, on its thread.

@@ -3,8 +3,7 @@
 //! Everything that touches an open file goes through [`Calls`], one call a method,
 //! with no loop and no policy in it: short transfers, `Interrupted` and
 //! `Unsupported` come back as they are. Tests put their own `Calls` in front of
-//! [`Os`] to inject them, and another way to do I/O (a ring) would be one more
-//! implementation.
+//! [`Os`] to inject them, also into what a ring does.
 //!
 //! What a system does not have is left out, and answers `Unsupported`.
 
@@ -29,6 +28,13 @@ pub(super) use windows::*;
 #[derive(Debug)]
 pub(super) struct Os;
 
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    Read,
+    Write,
+}
+
 /// One method, one system call. Lengths and offsets are bytes.
 pub(super) trait Calls: Send + Sync + std::fmt::Debug + 'static {
     /// Reads some bytes; 0 at the end of the file.
@@ -39,6 +45,13 @@ pub(super) trait Calls: Send + Sync + std::fmt::Debug + 'static {
 
     /// Makes all that was written durable. A failure is reported once.
     fn sync(&self, file: &File) -> io::Result<()>;
+
+    /// What came of a read or a write that was not made by a method but by a ring.
+    #[cfg(target_os = "linux")]
+    fn transferred(&self, direction: Direction, result: io::Result<usize>) -> io::Result<usize> {
+        let _ = direction;
+        result
+    }
 
     /// As `read`, of what needs no waiting; else `WouldBlock`.
     fn read_cached(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {

@@ -1,8 +1,8 @@
-//! How other threads wake the tasks of a transport's thread: a bit for each task, and a bell that is rung only if
+//! How other threads wake the tasks of a thread that runs several: a bit for each task, and a bell that is rung only if
 //! the thread sleeps.
 //!
 //! Who may touch what: any thread may set a bit of `woken` and then swap [`WOKEN`] into `state`; only
-//! the queue's thread takes bits, and puts [`RUNNING`] or [`SLEEPING`] into `state`. It goes to sleep by
+//! the tasks' thread takes bits, and puts [`RUNNING`] or [`SLEEPING`] into `state`. It goes to sleep by
 //! a compare-and-swap from `RUNNING`, which fails if anyone has called since it last looked. All of that
 //! happens on one word, so there is no moment at which a call is neither seen nor rung for.
 
@@ -13,14 +13,10 @@ use std::task::{Wake, Waker};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 
-#[cfg(all(feature = "ublk", userland_io_loom))]
-use loom::sync::atomic::AtomicBool;
 #[cfg(userland_io_loom)]
-use loom::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-#[cfg(all(feature = "ublk", not(userland_io_loom)))]
-use std::sync::atomic::AtomicBool;
+use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 #[cfg(not(userland_io_loom))]
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 /// The thread is awake, and nobody has called since it last looked.
 const RUNNING: u8 = 0;
@@ -56,11 +52,10 @@ impl Bell for Eventfd {
     }
 }
 
-/// What the thread of a queue shares with those who wake its tasks.
+/// What the tasks' thread shares with those who wake its tasks.
 pub(crate) struct Calls<B> {
     woken: Box<[AtomicU64]>,
     state: AtomicU8,
-    #[cfg(feature = "ublk")]
     quit: AtomicBool,
     bell: B,
 }
@@ -70,7 +65,6 @@ impl<B: Bell> Calls<B> {
         Calls {
             woken: (0..tasks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             state: AtomicU8::new(RUNNING),
-            #[cfg(feature = "ublk")]
             quit: AtomicBool::new(false),
             bell,
         }
@@ -104,7 +98,6 @@ impl<B: Bell> Calls<B> {
     }
 
     /// True once the thread was asked to stop.
-    #[cfg(feature = "ublk")]
     pub(crate) fn has_quit(&self) -> bool {
         self.quit.load(Ordering::Acquire)
     }

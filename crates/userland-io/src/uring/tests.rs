@@ -32,7 +32,7 @@ fn run<F: Future<Output = ()>>(tasks: usize, make: impl Fn(usize, Rc<Ring>) -> F
     let ring = executor.ring();
     let futures = (0..tasks).map(|n| make(n, ring.clone())).collect();
     executor
-        .run(QUEUE, runtime.handle(), futures, |_| {})
+        .run_queue(QUEUE, runtime.handle(), futures, |_| {})
         .unwrap();
 }
 
@@ -86,7 +86,7 @@ fn the_thread_is_the_queue_and_tells_that_it_has_started() {
         let mut running = None;
         let tasks = tasks.collect();
         executor
-            .run(QUEUE, runtime.handle(), tasks, |n| running = Some(n))
+            .run_queue(QUEUE, runtime.handle(), tasks, |n| running = Some(n))
             .unwrap();
         (running, told.recv().unwrap())
     });
@@ -195,7 +195,7 @@ fn stopping_ends_it_whatever_its_tasks_do() {
             pending::<()>().await;
         };
         executor
-            .run(QUEUE, runtime.handle(), vec![never], |_| {})
+            .run_queue(QUEUE, runtime.handle(), vec![never], |_| {})
             .unwrap();
     });
     let stop = told.recv().unwrap();

@@ -1,11 +1,11 @@
-//! Runs the tasks of one hardware queue on a thread of its own, over an io_uring ring.
+//! Runs tasks on a thread of its own, over an io_uring ring.
 //!
-//! A transport makes as many futures as a queue has tags, once; each serves its requests one after another,
+//! There are as many futures as operations can be under way (a hardware queue's tags, say), made once; each serves requests one after another,
 //! from the ring and to it ([`Ring::operate`]). The thread polls a task when its operation in the ring has ended or when
 //! it was woken, and sleeps in the ring when there is nothing else to do. A wake from another thread gets it out of there
-//! without delay, by an eventfd that the ring polls ([`wake`](super::wake)).
+//! without delay, by an eventfd that the ring polls ([`wake`](crate::wake)).
 //!
-//! The thread is inside a tokio runtime ([`Executor::run`]), so engines can use timers and sockets as
+//! A transport's thread is inside a tokio runtime ([`Executor::run_queue`]), so engines can use timers and sockets as
 //! they do elsewhere; the runtime's own threads drive those. It is [`crate::queue::current`]'s queue.
 
 mod ring;
@@ -19,12 +19,13 @@ use std::task::{Context, Waker};
 
 use rustix::fd::AsFd;
 
-use super::wake::{self, Calls, Eventfd};
+#[cfg(feature = "ublk")]
 use crate::queue::Queue;
+use crate::wake::{self, Calls, Eventfd};
 use ring::Event;
 pub(crate) use ring::Ring;
 
-/// The executor of one queue. Made, used and dropped by the queue's thread.
+/// Made, used and dropped by the tasks' thread.
 pub(crate) struct Executor {
     ring: Rc<Ring>,
     calls: Arc<Calls<Eventfd>>,
@@ -32,9 +33,11 @@ pub(crate) struct Executor {
 }
 
 /// Stops an [`Executor`] from another thread.
+#[cfg(feature = "ublk")]
 #[derive(Clone)]
 pub(crate) struct Stop(Arc<Calls<Eventfd>>);
 
+#[cfg(feature = "ublk")]
 impl Stop {
     /// Makes `run` return soon, whatever its tasks do.
     pub(crate) fn stop(&self) {
@@ -62,29 +65,40 @@ impl Executor {
     }
 
     /// What stops it from another thread.
+    #[cfg(feature = "ublk")]
     pub(crate) fn stopper(&self) -> Stop {
         Stop(self.calls.clone())
     }
 
-    /// Runs `tasks` to their ends on this thread, which serves `queue` from now on and is inside `runtime` meanwhile.
-    /// `started` is called once, after each task was polled and the kernel has what they put into the ring,
-    /// with the number of tasks that still run.
-    ///
-    /// # Errors
-    /// If the ring fails. Tasks that have not ended are dropped then, as after [`Stop::stop`].
-    ///
-    /// # Panics
-    /// If there are more tasks than the executor was made for.
-    pub(crate) fn run<F: Future<Output = ()>>(
+    /// As [`run`](Self::run), on a thread that serves `queue` from now on and is inside `runtime` meanwhile.
+    #[cfg(feature = "ublk")]
+    pub(crate) fn run_queue<F: Future<Output = ()>>(
         self,
         queue: Queue,
         runtime: &tokio::runtime::Handle,
         tasks: Vec<F>,
         started: impl FnOnce(usize),
     ) -> io::Result<()> {
-        assert!(tasks.len() <= self.tasks, "more tasks than places");
         crate::queue::enter(queue);
         let _inside = runtime.enter();
+        self.run(tasks, started)
+    }
+
+    /// Runs `tasks` to their ends on this thread.
+    /// `started` is called once, after each task was polled and the kernel has what they put into the ring,
+    /// with the number of tasks that still run.
+    ///
+    /// # Errors
+    /// If the ring fails. Tasks that have not ended are dropped then, as after `Stop::stop`.
+    ///
+    /// # Panics
+    /// If there are more tasks than the executor was made for.
+    pub(crate) fn run<F: Future<Output = ()>>(
+        self,
+        tasks: Vec<F>,
+        started: impl FnOnce(usize),
+    ) -> io::Result<()> {
+        assert!(tasks.len() <= self.tasks, "more tasks than places");
         let mut tasks = Tasks {
             wakers: (0..tasks.len())
                 .map(|n| wake::waker(&self.calls, n))
@@ -160,5 +174,5 @@ impl<F: Future<Output = ()>> Tasks<F> {
     }
 }
 
-#[cfg(all(test, not(userland_io_loom)))]
+#[cfg(all(test, feature = "ublk", not(userland_io_loom)))]
 mod tests;

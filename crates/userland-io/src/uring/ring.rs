@@ -1,9 +1,9 @@
-//! The io_uring ring of a queue, and the operations that its tasks have in it.
+//! An io_uring ring, and the operations that its tasks have in it.
 //!
 //! Each task has at most one operation under way, named in the ring by the task's index: so nothing is
 //! allocated for one, and the ring can hold them all.
 //!
-//! Who may touch what: all of it belongs to the queue's thread (the kernel is told so: a single issuer),
+//! Who may touch what: all of it belongs to the tasks' thread (the kernel is told so: a single issuer),
 //! and is neither `Send` nor `Sync`.
 
 use std::cell::{Cell, RefCell};
@@ -13,13 +13,15 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
+#[cfg(feature = "ublk")]
+use rustix::fd::AsFd;
+use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 
 /// The name of the bell's entry in the ring.
 const BELL: u64 = u64::MAX;
 
-/// A queue's ring.
+/// One thread's ring.
 pub(crate) struct Ring {
     uring: RefCell<IoUring>,
     operations: Box<[Cell<State>]>,
@@ -60,6 +62,10 @@ impl Ring {
             }
             other => other,
         }?;
+        // So it is Linux 5.13, which has polls that stay armed, too.
+        if !uring.params().is_feature_resource_tagging() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         Ok(Ring {
             uring: RefCell::new(uring),
             operations: (0..tasks).map(|_| Cell::new(State::Idle)).collect(),
@@ -68,6 +74,7 @@ impl Ring {
 
     /// Gives the ring a copy of `file`, its only one: operations name it as `types::Fixed(0)`, which is cheaper than
     /// to look a descriptor up each time.
+    #[cfg(feature = "ublk")]
     pub(crate) fn register(&self, file: impl AsFd) -> io::Result<()> {
         let descriptor = file.as_fd().as_raw_fd();
         self.uring
@@ -145,6 +152,7 @@ impl Ring {
     }
 
     /// True if an operation is under way: the kernel may still use what it refers to.
+    #[cfg(feature = "ublk")]
     pub(crate) fn is_busy(&self) -> bool {
         let under_way = |state: &Cell<State>| matches!(state.get(), State::UnderWay);
         self.operations.iter().any(under_way)
