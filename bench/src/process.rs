@@ -100,8 +100,13 @@ impl Process {
         let mut sum = Duration::ZERO;
         for id in self.tree() {
             let pid = i32::try_from(id).map_err(io::Error::other)?;
-            let clock = clock_getcpuclockid(Pid::from_raw(pid))?;
-            sum += Duration::from(clock_gettime(clock)?);
+            let clock = clock_getcpuclockid(Pid::from_raw(pid));
+            match clock.and_then(clock_gettime) {
+                Ok(time) => sum += Duration::from(time),
+                // A child may have ended meanwhile.
+                Err(error) if id == self.id() => return Err(error.into()),
+                Err(_) => {}
+            }
         }
         Ok(sum + self.ended_children())
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use bench::nbd::client::Load;
@@ -19,7 +19,7 @@ use clap::{Parser, ValueEnum};
 /// Compare NBD servers: ours, those that are installed, and the limit of what a server can do
 #[derive(Parser)]
 struct Arguments {
-    /// Fewer rounds and works: three minutes, not twenty
+    /// Fewer rounds and works, and nothing on a disk: three minutes, not twenty
     #[arg(long)]
     quick: bool,
     /// Only these parts
@@ -34,7 +34,7 @@ struct Arguments {
     /// How often everything is measured [default: 7, or 3 if quick]
     #[arg(long)]
     rounds: Option<usize>,
-    /// How long each load runs, in milliseconds [default: 300, or 150 if quick]
+    /// How long each load runs, in milliseconds [default: 200, or 150 if quick]
     #[arg(long)]
     millis: Option<u64>,
     /// The size of the disks, in MiB
@@ -73,9 +73,9 @@ enum Part {
     Crowd,
 }
 
-fn main() -> io::Result<()> {
+fn main() -> io::Result<ExitCode> {
     let arguments = Arguments::parse();
-    let (rounds, millis) = if arguments.quick { (3, 150) } else { (7, 300) };
+    let (rounds, millis) = if arguments.quick { (3, 150) } else { (7, 200) };
     let effort = Effort {
         rounds: arguments.rounds.unwrap_or(rounds).max(1),
         time: Duration::from_millis(arguments.millis.unwrap_or(millis)),
@@ -102,7 +102,7 @@ fn main() -> io::Result<()> {
         crowds: Vec::new(),
         targets: Vec::new(),
     };
-    run.measure(&mut report)?;
+    let all = run.measure(&mut report)?;
     report.machine.finish();
     report.judge();
     let json = serde_json::to_string_pretty(&report).map_err(io::Error::other)?;
@@ -113,7 +113,10 @@ fn main() -> io::Result<()> {
         page::replace(&docs.join("benchmarks.md"), "bench nbd", &report.markdown())?;
         fs::write(docs.join("benchmarks.svg"), report.plot())?;
     }
-    Ok(())
+    Ok(match all {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
 }
 
 /// The servers that are asked for and installed.
@@ -142,7 +145,11 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn wants(&self, part: Part) -> bool {
-        self.arguments.only.is_empty() || self.arguments.only.contains(&part)
+        let only = &self.arguments.only;
+        match only.is_empty() {
+            true => !(self.arguments.quick && part == Part::Disk),
+            false => only.contains(&part),
+        }
     }
 
     fn kinds(&self, disk: Disk) -> Vec<&'static Kind> {
@@ -177,38 +184,52 @@ impl Run<'_> {
         all
     }
 
-    fn measure(&self, report: &mut Report) -> io::Result<()> {
+    /// Measures all that is wanted. A part that fails is left out, so that the others are not lost with it; false if one
+    /// did.
+    fn measure(&self, report: &mut Report) -> io::Result<bool> {
         let memory = tempfile::tempdir_in(&self.arguments.dir)?;
         let memory = memory.path();
+        let mut tables = Vec::new();
         if self.wants(Part::Memory) {
-            for tcp in [false, true] {
-                report.tables.push(self.memory(memory, tcp)?);
-            }
+            tables.extend([false, true].map(|tcp| self.memory(memory, tcp)));
         }
         if self.wants(Part::File) {
             let plan = self.files(memory, Disk::Buffered, "tmpfs");
-            report.tables.push(plan.measure(self.effort)?);
+            tables.push(plan.measure(self.effort));
         }
         if self.wants(Part::Disk) {
             let disk = tempfile::tempdir_in(&self.arguments.disk_dir)?;
             let kind = file_system(disk.path());
             for way in [Disk::Buffered, Disk::Direct] {
                 let plan = self.files(disk.path(), way, &kind);
-                report.tables.push(plan.measure(self.effort)?);
+                tables.push(plan.measure(self.effort));
             }
         }
-        self.tools(report, memory)?;
+        tables.extend(self.tools(memory));
         if self.wants(Part::Stacks) {
-            report.tables.push(self.stacks(memory)?);
-            report.tables.push(self.late(memory)?);
+            tables.extend([self.stacks(memory), self.late(memory)]);
+        }
+        let mut all = true;
+        let mut complain = |error: io::Error| {
+            eprintln!("left out: {error}");
+            all = false;
+        };
+        for table in tables {
+            match table {
+                Ok(table) => report.tables.push(table),
+                Err(error) => complain(error),
+            }
         }
         if self.wants(Part::Crowd) {
             let time = self.effort.time.max(Duration::from_millis(500));
             for kind in self.kinds(Disk::Memory) {
-                report.crowds.push(crowd::measure(kind, memory, time)?);
+                match crowd::measure(kind, memory, time) {
+                    Ok(crowd) => report.crowds.push(crowd),
+                    Err(error) => complain(error),
+                }
             }
         }
-        Ok(())
+        Ok(all)
     }
 
     fn memory(&self, directory: &Path, tcp: bool) -> io::Result<bench::figures::Table> {
@@ -260,7 +281,7 @@ impl Run<'_> {
         }
     }
 
-    fn tools(&self, report: &mut Report, directory: &Path) -> io::Result<()> {
+    fn tools(&self, directory: &Path) -> Vec<io::Result<bench::figures::Table>> {
         let Effort {
             rounds, time, size, ..
         } = self.effort;
@@ -268,23 +289,21 @@ impl Run<'_> {
         if !self.arguments.quick {
             kinds.extend(self.kinds(Disk::Buffered));
         }
+        let mut tables = Vec::new();
         if self.wants(Part::Fio) {
             match tools::is_installed("fio") {
-                true => report
-                    .tables
-                    .push(tools::fio(&kinds, directory, rounds, time, size)?),
+                // Twice the time: fio takes some to begin.
+                true => tables.push(tools::fio(&kinds, directory, rounds, 2 * time, size)),
                 false => eprintln!("fio is not installed, left out"),
             }
         }
         if self.wants(Part::Nbdcopy) {
             match tools::is_installed("nbdcopy") {
-                true => report
-                    .tables
-                    .push(tools::nbdcopy(&kinds, directory, rounds)?),
+                true => tables.push(tools::nbdcopy(&kinds, directory, rounds)),
                 false => eprintln!("nbdcopy (Debian: libnbd-bin) is not installed, left out"),
             }
         }
-        Ok(())
+        tables
     }
 
     /// What layers cost.
