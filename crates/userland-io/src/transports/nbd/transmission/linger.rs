@@ -61,7 +61,8 @@ impl Chairs {
                 free.checked_sub(1)
             })
             .is_ok()
-            .then_some(Seated(self))
+            // Lazily: a chair that was not taken must not be given back.
+            .then(|| Seated(self))
     }
 }
 
@@ -230,7 +231,10 @@ mod tests {
         let chairs = Chairs::new(1);
         let mut inner = Linger::new(chairs.clone());
         Linger::new(chairs).wait(|| {
-            assert_eq!(inner.wait(|| Some(1)), Lingered::Nothing);
+            // Again and again: to ask for a chair in vain makes none.
+            for _ in 0..3 {
+                assert_eq!(inner.wait(|| Some(1)), Lingered::Nothing);
+            }
             Some(1)
         });
         assert_eq!(inner.wait(|| Some(1)), Lingered::Came(1));
