@@ -47,7 +47,7 @@ fn users_of_50_killed_daemons_fail_and_their_remains_go() {
 }
 
 /// How many daemons run, and are killed, at a time: the kernel's NBD client takes its time to give up.
-const AT_ONCE: u32 = 25;
+const AT_ONCE: u32 = 10;
 
 fn kill_under_load(times: u32) {
     if !has(&["fio"]) || !can_attach() {
@@ -60,14 +60,14 @@ fn kill_under_load(times: u32) {
         // Each has a directory, and so an image, of its own.
         let numbers = from..times.min(from + AT_ONCE);
         let dirs: Vec<Ulio> = numbers.map(|_| Ulio::new()).collect();
-        let load = |ulio| {
-            let disk = Attached::new(ulio, stack);
+        let disks: Vec<_> = dirs.iter().map(|ulio| Attached::new(ulio, stack)).collect();
+        let load = |(disk, ulio): (Attached, &Ulio)| {
             let options = ["--rw=randrw", "--bs=4k", "--iodepth=16"];
             let more = ["--time_based", "--runtime=3600"];
             let fio = Fio::start(ulio.dir(), &disk.path, &[&options[..], &more].concat());
             (disk, fio)
         };
-        let loaded: Vec<_> = dirs.iter().map(load).collect();
+        let loaded: Vec<_> = disks.into_iter().zip(&dirs).map(load).collect();
         let mut killed = Vec::new();
         for (disk, fio) in loaded {
             let (pid, path) = (disk.server.pid(), disk.path.clone());
