@@ -81,7 +81,15 @@ pub enum DetachError {
         /// Who uses it, as far as can be told.
         holders: Vec<Holder>,
     },
-    /// The kernel would not let go of it, or of something below it.
+    /// It is still attached: the kernel would not let go of it, or it cannot be told whether somebody uses it.
+    #[error("{path} stays attached: {error}", path = .path.display())]
+    Refused {
+        /// The device.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// It has ended, but not in order. What the kernel still has of it stays on record, as [stale](super::State::Stale).
     #[error("detaching {path}: {error}", path = .path.display())]
     Kernel {
         /// The device.

@@ -4,17 +4,17 @@
 //! is left when the loop device goes, whose open file is all that holds it. Its file is named after the record,
 //! and that name, which sysfs tells of a loop device, is how a device is recognised later.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fd::AsFd;
 use tokio::runtime::Handle;
-use tokio::task::spawn_blocking;
 
 use super::loop_device::{CONTROL, LoopDevice};
 use super::module;
 use super::record::Record;
-use super::way::{Pending, Running, Settings, Stuck};
+use super::way::{Pending, Running, Settings, Undone, blocking};
 use crate::transports::fuse;
 use crate::{Device, Engine, Features};
 
@@ -67,7 +67,8 @@ fn file_name(record: &Record) -> String {
 }
 
 struct Attached {
-    session: fuse::Session,
+    /// Until the device is detached.
+    session: Option<fuse::Session>,
     device: LoopDevice,
     path: PathBuf,
     size: u64,
@@ -107,7 +108,7 @@ impl Attached {
             path: device.path(),
             size,
             device,
-            session,
+            session: Some(session),
         })
     }
 }
@@ -132,7 +133,10 @@ impl Running for Attached {
 
     fn ended(&mut self) -> Pending<'_, String> {
         Box::pin(async {
-            self.session.ended().await;
+            match &self.session {
+                Some(session) => session.ended().await,
+                None => std::future::pending().await,
+            }
             let device = self.device.clone();
             if !device.is_there() {
                 return format!("somebody has taken {} away", self.path.display());
@@ -148,36 +152,24 @@ impl Running for Attached {
         })
     }
 
-    fn detach(self: Box<Self>) -> Pending<'static, Result<(), Stuck>> {
+    fn is_there(&self) -> bool {
+        self.device.is_there()
+    }
+
+    fn detach(&mut self, claimed: File) -> Pending<'_, Result<(), Undone>> {
         Box::pin(async move {
             let device = self.device.clone();
-            match blocking(move || device.remove()).await {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    return Err(Stuck {
-                        error,
-                        running: Some(self),
-                    });
-                }
-                Err(error) if self.device.is_there() => return Err(error.into()),
-                Err(error) => {
-                    // It is gone all the same, and so is what could not be written.
-                    let _ = blocking(move || Ok(self.session.join())).await;
-                    return Err(error.into());
-                }
-            }
+            let removed = match blocking(move || device.remove_claimed(claimed)).await {
+                Err(error) if self.device.is_there() => return Err(Undone::Refused(error)),
+                // With an error it is gone all the same, and so is what could not be written.
+                removed => removed,
+            };
             // The disk is flushed and closed by whoever has its other handle.
-            blocking(move || Ok(self.session.join()))
-                .await?
-                .map_err(io::Error::from)?;
-            Ok(())
+            let joined = match self.session.take() {
+                Some(session) => blocking(move || session.join().map_err(io::Error::from)).await,
+                None => Ok(()),
+            };
+            removed.and(joined).map_err(Undone::Ended)
         })
     }
-}
-
-/// Runs what may wait for the device on a thread where that does no harm.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    spawn_blocking(work).await.map_err(io::Error::other)?
 }

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+
+use crate::transports::node;
 
 /// One who uses a device, or a partition of it.
 #[non_exhaustive]
@@ -50,23 +52,16 @@ impl fmt::Display for Holder {
 }
 
 /// True if somebody has claimed the block device at `path`, or a partition of it: a mount, swap, a device
-/// on top, or a program that opened it exclusively. A plain open is no claim.
+/// on top, or a program that opened it exclusively. A plain open is no claim. May wait for the device.
 ///
 /// # Errors
-/// If it cannot be opened.
+/// If it cannot be opened: then nothing is known.
 pub fn in_use(path: &Path) -> io::Result<bool> {
-    match claim(path) {
+    match node::claim(path) {
         Ok(_) => Ok(false),
         Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(true),
         Err(error) => Err(error),
     }
-}
-
-/// Claims the device for as long as the file is open.
-pub(super) fn claim(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.custom_flags(libc::O_EXCL | libc::O_NONBLOCK);
-    options.read(true).open(path)
 }
 
 /// Everyone who uses the block device at `path` or a partition of it, as far as this process may see.

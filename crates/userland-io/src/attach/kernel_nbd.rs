@@ -1,5 +1,6 @@
 //! The way by the kernel's NBD client.
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
 
@@ -7,7 +8,7 @@ use tokio::runtime::Handle;
 
 use super::module;
 use super::record::Record;
-use super::way::{Pending, Running, Settings, Stuck};
+use super::way::{Pending, Running, Settings, Undone};
 pub(super) use crate::transports::kernel_nbd::Error;
 use crate::transports::kernel_nbd::{self, BlockDevice, Identity, Remote, Target};
 use crate::{Device, Engine};
@@ -92,7 +93,7 @@ pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
         _ => Identity::find(&identifier),
     };
     match device {
-        Some(device) => kernel_nbd::remove(&device).map_err(system),
+        Some(device) => kernel_nbd::remove_unused(&device).map_err(system),
         None => Ok(()),
     }
 }
@@ -134,15 +135,14 @@ impl Running for Connected {
         })
     }
 
-    fn detach(self: Box<Self>) -> Pending<'static, Result<(), Stuck>> {
+    fn is_there(&self) -> bool {
+        self.block.identity().is_connected()
+    }
+
+    fn detach(&mut self, claimed: File) -> Pending<'_, Result<(), Undone>> {
         Box::pin(async move {
-            match self.block.shutdown_if_unused().await {
-                Err(error @ Error::InUse(_)) => Err(Stuck {
-                    error: system(error),
-                    running: Some(self),
-                }),
-                result => result.map_err(|error| system(error).into()),
-            }
+            let down = self.block.shutdown_claimed(claimed).await;
+            down.map_err(|error| Undone::Ended(system(error)))
         })
     }
 }

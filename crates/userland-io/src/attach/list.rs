@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::holders::{claim, holders_besides};
+use super::holders::holders_besides;
 use super::record::Record;
 use super::{DetachError, Via, kernel_nbd, way};
 use crate::Op;
@@ -189,32 +189,34 @@ impl Listed {
     /// Detaches it: by its process if that lives, which may take as long as a flush; else takes away what was left.
     ///
     /// # Errors
-    /// [`DetachError::InUse`] if somebody uses it: then nothing has changed.
+    /// [`DetachError::InUse`] if somebody uses it: then nothing has changed, and it stays on record. The same goes for what a
+    /// dead process has left if it cannot be told whether it is used.
     pub fn detach(&self) -> Result<(), DetachError> {
         let device = self.path().unwrap_or(Path::new("the device")).to_owned();
         let failed = |error| DetachError::Kernel {
             path: device.clone(),
             error,
         };
-        // Claimed until it is known to be unused.
-        let claimed = match self.path().map(claim) {
-            Some(Err(error)) if error.kind() == io::ErrorKind::ResourceBusy => {
-                return Err(DetachError::InUse {
-                    path: device,
-                    holders: self.holders().unwrap_or_default(),
-                });
-            }
-            claimed => claimed,
+        let in_use = || DetachError::InUse {
+            path: device.clone(),
+            holders: self.holders().unwrap_or_default(),
         };
-        drop(claimed);
         if self.record.is_alive() {
+            // Asked here, for the error to name the users. The process claims it before it takes it away.
+            let is_in_use = |path| super::in_use(path).is_ok_and(|is| is);
+            if self.path().is_some_and(is_in_use) {
+                return Err(in_use());
+            }
             let answer = self.ask("detach\n", None).map_err(failed)?;
             return match answer.trim_end() {
                 "" => Ok(()),
                 text => Err(DetachError::Told(text.to_owned())),
             };
         }
-        way::remove_stale(&self.record).map_err(failed)?;
+        way::remove_stale(&self.record).map_err(|error| match error.kind() {
+            io::ErrorKind::ResourceBusy => in_use(),
+            _ => failed(error),
+        })?;
         self.record.remove().map_err(failed)
     }
 

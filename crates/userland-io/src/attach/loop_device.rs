@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
 
-use crate::transports::node::ensure;
+use crate::transports::node::{self, ensure};
 
 /// What makes loop devices.
 pub(super) const CONTROL: &str = "/dev/loop-control";
@@ -113,7 +113,7 @@ impl LoopDevice {
         for _ in 0..TRIES {
             // SAFETY: this call takes no argument.
             let number = unsafe { call(&control, LOOP_CTL_GET_FREE, 0) }? as u32;
-            let path = node(number);
+            let path = node_of(number);
             let device = ensure(&path, &sysfs(number), FileType::BlockDevice).and_then(|()| {
                 let mut options = OpenOptions::new();
                 options.read(true).write(!is_read_only).open(&path)
@@ -155,7 +155,7 @@ impl LoopDevice {
 
     /// Its node: `/dev/loopN`.
     pub(super) fn path(&self) -> PathBuf {
-        node(self.number)
+        node_of(self.number)
     }
 
     /// True until it is over another file, or none.
@@ -198,7 +198,16 @@ impl LoopDevice {
         if !self.is_there() {
             return Ok(());
         }
-        let device = self.open(libc::O_EXCL | libc::O_NONBLOCK)?;
+        let claimed = node::claim(&self.path())?;
+        self.remove_claimed(claimed)
+    }
+
+    /// As [`remove`](Self::remove), by one who has claimed it.
+    pub(super) fn remove_claimed(&self, device: File) -> io::Result<()> {
+        // While it is open it stays what it is.
+        if !self.is_there() {
+            return Ok(());
+        }
         // What somebody wrote and nobody has waited for.
         let synced = device.sync_data();
         // SAFETY: this call takes no argument.
@@ -248,7 +257,7 @@ impl LoopDevice {
     }
 }
 
-fn node(number: u32) -> PathBuf {
+fn node_of(number: u32) -> PathBuf {
     Path::new("/dev").join(format!("loop{number}"))
 }
 

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::holders::{claim, holders_besides};
+use super::holders::holders_besides;
 use super::list::Counters;
 use super::record::Record;
-use super::way::{self, Pending, Running, Settings};
+use super::way::{self, Pending, Running, Settings, Undone, blocking};
 use super::{AttachError, DetachError, PassedOver, Via, kernel_nbd, process};
 use crate::{Device, Engine, ErrorKind, ExtentKind, Extents, Features, Geometry, ReadBuf};
 
@@ -216,13 +216,24 @@ async fn keep<E: Engine>(
     // If nobody waits for it any more, the channel for orders is closed too, and it is detached.
     let _ = answer.send(Ok(started));
     let (asked, gone) = attached.serve(orders, &status).await;
+    // What is left of one that did not end in order is for whoever reads the record.
+    let is_left = !matches!(gone, Gone::Detached(Ok(()))) && attached.running.is_there();
     let (mut result, mut why) = match gone {
         Gone::Detached(result) => (result, None),
         Gone::Ended(why) => (Ok(()), Some(why)),
     };
-    let Attached { record, view, .. } = attached;
-    drop(view);
-    if let Err(error) = record.remove() {
+    let Attached {
+        view,
+        record,
+        running,
+        listener,
+        ..
+    } = attached;
+    drop((view, running, listener));
+    if is_left {
+        let device = record.device.as_deref().unwrap_or(Path::new("")).display();
+        tracing::warn!(%device, "the device has ended and is still there: it stays on record");
+    } else if let Err(error) = record.remove() {
         tracing::warn!(%error, "the record of the device could not be removed");
     }
     let flushed = device.flush().await;
@@ -333,7 +344,7 @@ async fn publish<E: Engine>(
     view: Device<E>,
     mut record: Record,
     via: Via,
-    running: Box<dyn Running>,
+    mut running: Box<dyn Running>,
     passed_over: Vec<PassedOver>,
 ) -> Result<Attached<E>, AttachError> {
     record.via = via;
@@ -346,11 +357,14 @@ async fn publish<E: Engine>(
     let listener = match record.save().and_then(|()| listen(&record)) {
         Ok(listener) => listener,
         Err(error) => {
-            if let Err(stuck) = running.detach().await {
-                tracing::warn!(error = %stuck.error, "detaching");
-            }
             let path = record.socket();
-            let _ = record.remove();
+            match way::detach(&mut *running).await {
+                Ok(()) => drop(record.remove()),
+                // It goes all the same with what serves it. The record, as far as there is one, tells of what stays.
+                Err(Undone::Refused(error) | Undone::Ended(error)) => {
+                    tracing::warn!(%error, "detaching");
+                }
+            }
             return Err(AttachError::Record { path, error });
         }
     };
@@ -422,15 +436,19 @@ impl<E: Engine> Attached<E> {
             };
             match event {
                 Event::Order(Some(Order::Detach(asked))) => match self.detach().await {
-                    Err(error @ DetachError::InUse { .. }) => {
-                        let _ = asked.send(Err(error));
+                    Err(Undone::Refused(error)) => {
+                        let _ = asked.send(Err(self.refusal(error).await));
                     }
-                    result => return (Some(Asked::Handle(asked)), Gone::Detached(result)),
+                    result => {
+                        let gone = Gone::Detached(self.ended_so(result));
+                        return (Some(Asked::Handle(asked)), gone);
+                    }
                 },
                 Event::Order(None) => is_dropped = true,
                 Event::Look => match self.detach().await {
-                    Err(DetachError::InUse { .. }) => {}
+                    Err(Undone::Refused(_)) => {}
                     result => {
+                        let result = self.ended_so(result);
                         if let Err(error) = &result {
                             tracing::error!(%error, "detaching a device whose handle was dropped");
                         }
@@ -482,8 +500,8 @@ impl<E: Engine> Attached<E> {
             }
             b"detach\n" => {
                 match self.detach().await {
-                    Err(error @ DetachError::InUse { .. }) => {
-                        let text = error.to_string();
+                    Err(Undone::Refused(error)) => {
+                        let text = self.refusal(error).await.to_string();
                         let sending = visitor.write_all(text.as_bytes());
                         let _ = tokio::time::timeout(PATIENCE, sending).await;
                         None
@@ -491,7 +509,7 @@ impl<E: Engine> Attached<E> {
                     result => {
                         // The runtime ends before the answer is known.
                         let visitor = visitor.into_std().ok().map(Asked::Visitor);
-                        Some((visitor, result))
+                        Some((visitor, self.ended_so(result)))
                     }
                 }
             }
@@ -499,33 +517,31 @@ impl<E: Engine> Attached<E> {
         }
     }
 
-    /// Takes the device away, unless it is in use.
-    async fn detach(&mut self) -> Result<(), DetachError> {
+    /// Takes the device away, unless it is in use or that cannot be told.
+    async fn detach(&mut self) -> Result<(), Undone> {
+        way::detach(&mut *self.running).await
+    }
+
+    /// What to tell of a device that goes on.
+    async fn refusal(&self, error: io::Error) -> DetachError {
         let path = self.running.path().to_owned();
-        let in_use = || DetachError::InUse {
-            path: path.clone(),
-            holders: holders_besides(&path, Some(std::process::id())).unwrap_or_default(),
-        };
-        // An exclusive open reads nothing, so it does not wait for the device.
-        if let Err(error) = claim(&path)
-            && error.kind() == io::ErrorKind::ResourceBusy
-        {
-            return Err(in_use());
+        if error.kind() != io::ErrorKind::ResourceBusy {
+            return DetachError::Refused { path, error };
         }
-        let running = std::mem::replace(&mut self.running, Box::new(Nothing(path.clone())));
-        match running.detach().await {
-            Ok(()) => Ok(()),
-            Err(stuck) => match stuck.running {
-                Some(running) => {
-                    self.running = running;
-                    Err(in_use())
-                }
-                None => Err(DetachError::Kernel {
-                    path,
-                    error: stuck.error,
-                }),
-            },
+        let of = path.clone();
+        let holders = blocking(move || holders_besides(&of, Some(std::process::id()))).await;
+        DetachError::InUse {
+            path,
+            holders: holders.unwrap_or_default(),
         }
+    }
+
+    /// What to tell of a device that has ended.
+    fn ended_so(&self, result: Result<(), Undone>) -> Result<(), DetachError> {
+        let path = self.running.path().to_owned();
+        result.map_err(|undone| match undone {
+            Undone::Refused(error) | Undone::Ended(error) => DetachError::Kernel { path, error },
+        })
     }
 }
 
@@ -554,25 +570,4 @@ async fn count_data<E: Engine>(device: &Device<E>) -> Option<u64> {
         tokio::task::yield_now().await;
     }
     Some(data)
-}
-
-/// Stands where a device was, until its owner is gone too.
-struct Nothing(PathBuf);
-
-impl Running for Nothing {
-    fn path(&self) -> &std::path::Path {
-        &self.0
-    }
-    fn size(&self) -> u64 {
-        0
-    }
-    fn resize(&mut self, _: u64) -> way::Pending<'_, io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-    fn ended(&mut self) -> way::Pending<'_, String> {
-        Box::pin(std::future::pending())
-    }
-    fn detach(self: Box<Self>) -> way::Pending<'static, Result<(), way::Stuck>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
 }

@@ -269,8 +269,8 @@ impl Attached {
     /// Further calls do nothing and succeed.
     ///
     /// # Errors
-    /// [`DetachError::InUse`] if somebody uses it: nothing has changed then, and it can be called again. Else the
-    /// device is gone, and the error says what went wrong on the way.
+    /// [`DetachError::InUse`] if somebody uses it, [`DetachError::Refused`] if that cannot be told: nothing has changed then, and
+    /// it can be called again. Else the device has ended, and the error says what went wrong on the way.
     pub async fn detach(&mut self) -> Result<(), DetachError> {
         let (answer, answered) = oneshot::channel();
         if self.orders.send(Order::Detach(answer)).is_err() {

@@ -1,15 +1,15 @@
 //! The way by ublk.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use super::holders::claim;
 use super::module;
 use super::record::Record;
-use super::way::{Pending, Running, Settings, Stuck};
+use super::way::{self, Pending, Running, Settings, Undone};
 use crate::transports::ublk::{self, BlockDevice, Error, Target};
 use crate::{Device, Engine};
 
@@ -54,6 +54,7 @@ pub(super) async fn start<E: Engine>(
     let block = started.map_err(|error| io::Error::other(words(error)))?;
     Ok(Box::new(Served {
         path: block.path(),
+        identity: ublk::identity(block.index()),
         block,
     }))
 }
@@ -73,6 +74,7 @@ pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
 /// A device, and its path for those who borrow it.
 struct Served {
     path: PathBuf,
+    identity: Option<u64>,
     block: BlockDevice,
 }
 
@@ -88,9 +90,10 @@ impl Running for Served {
     fn remains(&self) -> Vec<(&'static str, String)> {
         let index = self.block.index();
         let mut remains = vec![(INDEX, index.to_string())];
-        if let Some(identity) = ublk::identity(index) {
-            remains.push((IDENTITY, identity.to_string()));
-        }
+        remains.extend(
+            self.identity
+                .map(|identity| (IDENTITY, identity.to_string())),
+        );
         remains
     }
 
@@ -106,27 +109,30 @@ impl Running for Served {
         })
     }
 
-    fn detach(self: Box<Self>) -> Pending<'static, Result<(), Stuck>> {
+    fn is_there(&self) -> bool {
+        self.identity.is_some() && ublk::identity(self.block.index()) == self.identity
+    }
+
+    fn detach(&mut self, mut claimed: File) -> Pending<'_, Result<(), Undone>> {
         Box::pin(async move {
             let until = Instant::now() + GLANCE;
             loop {
-                let error = match self.block.shutdown_if_unused().await {
+                let error = match self.block.shutdown_claimed(claimed).await {
                     Ok(()) => {
                         self.block.ended().await;
                         return Ok(());
                     }
                     Err(error) => error,
                 };
-                if !matches!(error, Error::InUse(_)) {
-                    return Err(system(error).into());
+                if !error.is_refusal() {
+                    return Err(Undone::Ended(system(error)));
                 }
-                if Instant::now() >= until || claim(&self.path).is_err() {
-                    return Err(Stuck {
-                        error: system(error),
-                        running: Some(self),
-                    });
+                let is_glance = matches!(error, Error::InUse(_)) && Instant::now() < until;
+                if !is_glance {
+                    return Err(Undone::Refused(system(error)));
                 }
                 tokio::time::sleep(STEP).await;
+                claimed = way::claim(&self.path).await.map_err(Undone::Refused)?;
             }
         })
     }

@@ -8,17 +8,21 @@
 //!   manager's own current-thread runtime, which also drives the engine's timers and sockets (threads of the way
 //!   enter its handle for that). So requests are served by other threads, which `start` makes, and system calls
 //!   that wait for a request to the device go to `spawn_blocking`. On an error it leaves nothing behind.
-//! * `remove_stale(&Record) -> io::Result<()>`: takes away what a process that died has left. Its device is known
-//!   to be unused. What is not there is no error.
+//! * `remove_stale(&Record) -> io::Result<()>`: takes away what a process that died has left, by the kernel's own marks that
+//!   it is that, and claims it before. `ResourceBusy` if it is in use. What is not there is no error, nor another in its place.
 
+use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
+use tokio::task::spawn_blocking;
+
 use super::record::Record;
 use super::{PassedOver, Via, fuse, kernel_nbd, ublk};
+use crate::transports::node;
 use crate::{Device, Engine};
 
 /// A future of a way, polled on the manager's thread.
@@ -58,27 +62,47 @@ pub(super) trait Running {
     /// dropped and asked again.
     fn ended(&mut self) -> Pending<'_, String>;
 
-    /// Takes the device away: nobody uses it, and when this answers no request is in flight, its handle of
-    /// the disk is dropped, and nothing is left. The manager flushes and closes the disk then.
-    ///
-    /// [`io::ErrorKind::ResourceBusy`] and the way itself if somebody uses it after all, and all is as it was.
-    fn detach(self: Box<Self>) -> Pending<'static, Result<(), Stuck>>;
+    /// True as long as the kernel has the device. When it has ended: `remove_stale` is to take it away.
+    fn is_there(&self) -> bool;
+
+    /// Takes the device away. `claimed` is a claim of it, so nobody else uses it, and is kept until nobody can come to use
+    /// it. When this answers, unless it is refused, no request is in flight and its handle of the disk is dropped. The
+    /// manager flushes and closes the disk then.
+    fn detach(&mut self, claimed: File) -> Pending<'_, Result<(), Undone>>;
 }
 
-/// Why a way did not let go.
-pub(super) struct Stuck {
-    pub(super) error: io::Error,
-    /// It goes on, as if nobody had asked.
-    pub(super) running: Option<Box<dyn Running>>,
+/// How taking a device away went wrong.
+pub(super) enum Undone {
+    /// It goes on, as if nobody had asked. `ResourceBusy`: somebody uses it after all.
+    Refused(io::Error),
+    /// It has ended all the same.
+    Ended(io::Error),
 }
 
-impl From<io::Error> for Stuck {
-    fn from(error: io::Error) -> Self {
-        Stuck {
-            error,
-            running: None,
-        }
-    }
+/// Claims the device at `path`. An error says nothing of whether it is used, but for `ResourceBusy`.
+pub(super) async fn claim(path: &Path) -> io::Result<File> {
+    let path = path.to_owned();
+    // Whoever has the device's lock may be waiting for its next answer, which needs the manager's thread.
+    blocking(move || {
+        node::claim(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::ResourceBusy => error,
+            kind => io::Error::new(kind, format!("finding out if it is in use: {error}")),
+        })
+    })
+    .await
+}
+
+/// Claims a device, and takes it away.
+pub(super) async fn detach(running: &mut dyn Running) -> Result<(), Undone> {
+    let claimed = claim(running.path()).await.map_err(Undone::Refused)?;
+    running.detach(claimed).await
+}
+
+/// Runs what may wait for the device on a thread where that does no harm.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
 /// Starts the first way that works, and tells why those before it did not.

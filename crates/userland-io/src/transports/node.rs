@@ -1,9 +1,9 @@
 //! Nodes of devices in `/dev`: the kernel's own file system there (devtmpfs) or udev has them, and where there is neither,
 //! as in many containers, they are made here.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
@@ -37,6 +37,19 @@ pub(crate) fn forget(node: &Path) -> io::Result<()> {
         Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Claims a block device for as long as the file is open: nobody else can mount it meanwhile, or claim it.
+///
+/// It waits while the kernel looks for partitions on the device, and for the last writes of whoever has just closed
+/// it; so does closing it. That is for threads on which nothing that serves the device depends.
+///
+/// # Errors
+/// `ResourceBusy` if somebody else has claimed it or a partition of it. Any other says nothing of whether it is used.
+pub(crate) fn claim(node: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.custom_flags(libc::O_EXCL | libc::O_NONBLOCK);
+    options.read(true).open(node)
 }
 
 fn is(node: &Path, number: u64, kind: FileType) -> bool {

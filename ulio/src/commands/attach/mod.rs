@@ -24,7 +24,7 @@ use crate::stacks;
 use background::Detached;
 
 /// How often a device that is to go is looked at: is it still in use?
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 pub(crate) fn run(arguments: Attach, registry: &Registry) -> Result<(), Failure> {
     let plan = stacks::parse(&arguments.stack, registry)?;
@@ -214,7 +214,7 @@ async fn end(mut attached: Attached, plan: &Plan, service: &Service) -> Result<(
     loop {
         match attached.detach().await {
             Ok(()) => return Ok(()),
-            Err(error @ DetachError::InUse { .. }) => {
+            Err(error @ (DetachError::InUse { .. } | DetachError::Refused { .. })) => {
                 let text = format!("waiting: {}", one_line(&error.to_string()));
                 if text != told {
                     note(&text);

@@ -6,9 +6,8 @@
 //! The order of an end: what is in the page cache is written; the driver says goodbye on each connection, lets go
 //! of the sockets, and forgets the device, unless it was there before; the other side ends.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
@@ -87,15 +86,21 @@ impl BlockDevice {
     /// # Errors
     /// If what was in the page cache could not be written, or the driver refuses.
     pub async fn shutdown(self) -> Result<(), Error> {
-        self.stop(false).await
+        self.stop(How::AtOnce).await
     }
 
     /// As [`shutdown`](Self::shutdown), unless someone has it mounted or claimed. One who has it plainly open gets errors.
     ///
     /// # Errors
-    /// [`Error::InUse`], and the device lives on; else as `shutdown`.
+    /// [`Error::InUse`], or [`Error::Io`] if that cannot be told, and the device lives on; else as `shutdown`.
     pub async fn shutdown_if_unused(&self) -> Result<(), Error> {
-        self.stop(true).await
+        self.stop(How::IfUnused).await
+    }
+
+    /// As [`shutdown_if_unused`](Self::shutdown_if_unused), by one who has claimed it. An error does not mean that it lives on.
+    #[cfg(feature = "attach")]
+    pub(crate) async fn shutdown_claimed(&self, claimed: File) -> Result<(), Error> {
+        self.stop(How::Claimed(claimed)).await
     }
 
     /// Resolves when the device is gone, and says why: `None` if it was taken down in order.
@@ -107,11 +112,10 @@ impl BlockDevice {
         }
     }
 
-    async fn stop(&self, if_unused: bool) -> Result<(), Error> {
+    async fn stop(&self, how: How) -> Result<(), Error> {
         let (answer, answered) = oneshot::channel();
         let answer = Some(answer);
-        self.ask(Message::Stop { if_unused, answer }, answered)
-            .await
+        self.ask(Message::Stop { how, answer }, answered).await
     }
 
     async fn ask(
@@ -124,9 +128,10 @@ impl BlockDevice {
         {
             return result;
         }
-        // It has ended before it was asked.
-        self.ended().await;
-        Ok(())
+        // It has ended before it was asked, or its thread has panicked.
+        let mut status = self.status.clone();
+        let ended = status.wait_for(|status| status.ended.is_some()).await;
+        ended.map(drop).map_err(|_| Error::Lost)
     }
 }
 
@@ -134,7 +139,7 @@ impl Drop for BlockDevice {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.to.send(Message::Stop {
-            if_unused: false,
+            how: How::AtOnce,
             answer: None,
         });
     }
@@ -149,10 +154,29 @@ pub(super) enum Message {
     /// It is to have another size.
     Resize { size: u64, answer: Answer },
     /// End.
-    Stop {
-        if_unused: bool,
-        answer: Option<Answer>,
-    },
+    Stop { how: How, answer: Option<Answer> },
+}
+
+/// How a device is to end.
+pub(super) enum How {
+    /// Whoever uses it.
+    AtOnce,
+    /// Only if it can be claimed.
+    IfUnused,
+    /// It is claimed.
+    #[cfg(feature = "attach")]
+    Claimed(File),
+}
+
+/// That a device is to end, or has.
+#[derive(Default)]
+struct Ending {
+    /// Who wants to know how that goes.
+    answer: Option<Answer>,
+    /// Why it has ended by itself.
+    why: Option<String>,
+    /// Kept until the driver has let go of it.
+    claimed: Option<File>,
 }
 
 /// Who is at the other end of a device's connections.
@@ -202,19 +226,23 @@ pub(super) async fn start<S: Side>(
             size: life.size,
             ended: None,
         });
-        let (mut stop, mut why) = (None, None);
-        if tell.send(Ok((life.identity.clone(), watched))).is_ok() {
-            (stop, why) = life.go_on(&status);
-        }
-        let result = life.end(why.is_some());
+        let Ending {
+            answer,
+            why,
+            claimed,
+        } = match tell.send(Ok((life.identity.clone(), watched))) {
+            Ok(()) => life.go_on(&status),
+            Err(_) => Ending::default(),
+        };
+        let result = life.end(why.is_some(), claimed);
         if let Err(error) = &result {
             tracing::debug!(%error, "a block device was not taken down well");
         }
         // The disk's handle goes with it, before anybody hears of the end.
         drop(life);
         status.send_modify(|status| status.ended = Some(why));
-        if let Some(stop) = stop {
-            let _ = stop.send(result);
+        if let Some(answer) = answer {
+            let _ = answer.send(result);
         }
     };
     thread.spawn(work).map_err(Error::io("a thread"))?;
@@ -265,7 +293,7 @@ impl<S: Side> Life<S> {
         match life.settle(was_there) {
             Ok(()) => Ok(life),
             Err(error) => {
-                let _ = life.end(false);
+                let _ = life.end(false, None);
                 Err(error)
             }
         }
@@ -285,19 +313,22 @@ impl<S: Side> Life<S> {
             .map_err(Error::io(format!("{}", node.display())))
     }
 
-    /// Until the device is to end, or has ended. Answers who wants to know how that goes, or why it has ended.
-    fn go_on(&mut self, status: &watch::Sender<Status>) -> (Option<Answer>, Option<String>) {
+    /// Until the device is to end, or has ended.
+    fn go_on(&mut self, status: &watch::Sender<Status>) -> Ending {
         loop {
             // Whoever could send has gone: nobody is interested.
             let Ok(message) = self.from.recv() else {
-                return (None, None);
+                return Ending::default();
             };
             match message {
                 Message::Ended { place, end } => {
                     let side = &mut self.side;
                     let why = side.ended(place, end, &mut self.control, &self.identity);
                     if why.is_some() {
-                        return (None, why);
+                        return Ending {
+                            why,
+                            ..Ending::default()
+                        };
                     }
                 }
                 Message::Resize { size, answer } => {
@@ -305,14 +336,25 @@ impl<S: Side> Life<S> {
                     status.send_modify(|status| status.size = self.size);
                     let _ = answer.send(result);
                 }
-                Message::Stop {
-                    if_unused: true,
-                    answer: Some(answer),
-                } => match claim(self.identity.index) {
-                    Err(error @ Error::InUse(_)) => drop(answer.send(Err(error))),
-                    _ => return (Some(answer), None),
-                },
-                Message::Stop { answer, .. } => return (answer, None),
+                Message::Stop { how, answer } => {
+                    let claimed = match how {
+                        How::AtOnce => Ok(None),
+                        How::IfUnused => claim(self.identity.index).map(Some),
+                        #[cfg(feature = "attach")]
+                        How::Claimed(claimed) => Ok(Some(claimed)),
+                    };
+                    match (claimed, answer) {
+                        (Ok(claimed), answer) => {
+                            return Ending {
+                                answer,
+                                why: None,
+                                claimed,
+                            };
+                        }
+                        (Err(error), Some(answer)) => drop(answer.send(Err(error))),
+                        (Err(_), None) => {}
+                    }
+                }
             }
         }
     }
@@ -330,12 +372,12 @@ impl<S: Side> Life<S> {
     }
 
     /// Takes the device down.
-    fn end(&mut self, is_gone: bool) -> Result<(), Error> {
+    fn end(&mut self, is_gone: bool, claimed: Option<File>) -> Result<(), Error> {
         let (control, identity) = (&mut self.control, &self.identity);
         let taken = match is_gone {
             true if !identity.is_connected() => Ok(()),
-            true => take_down(control, identity, Written::Nothing),
-            false => take_down(control, identity, Written::All),
+            true => take_down(control, identity, claimed, Written::Nothing),
+            false => take_down(control, identity, claimed, Written::All),
         };
         self.side.end();
         taken
@@ -381,17 +423,18 @@ pub(super) enum Written {
     Nothing,
 }
 
-/// Disconnects the device, and waits until nothing is left of it.
+/// Disconnects the device, and waits until nothing is left of it. Nobody can come to use it meanwhile, if nobody does.
 pub(super) fn take_down(
     control: &mut Control,
     device: &Identity,
+    claimed: Option<File>,
     written: Written,
 ) -> Result<(), Error> {
     let index = device.index;
-    // Nobody else claims it from here on, if nobody has.
-    let claimed = claim(index);
+    // One that is in use goes all the same, if it has come to this.
+    let claimed = claimed.or_else(|| claim(index).ok());
     let written = match &claimed {
-        Ok(file) if written == Written::All => file.sync_all(),
+        Some(file) if written == Written::All => file.sync_all(),
         _ => Ok(()),
     };
     control.disconnect(index)?;
@@ -416,11 +459,9 @@ pub(super) fn take_down(
 }
 
 /// Claims the device, unless somebody has.
-fn claim(index: u32) -> Result<File, Error> {
-    let mut options = OpenOptions::new();
-    options.read(true).custom_flags(libc::O_EXCL);
+pub(super) fn claim(index: u32) -> Result<File, Error> {
     let node = control::node(index);
-    options.open(&node).map_err(|error| match error.kind() {
+    node::claim(&node).map_err(|error| match error.kind() {
         io::ErrorKind::ResourceBusy => Error::InUse(index),
         _ => Error::io(format!("{}", node.display()))(error),
     })

@@ -32,4 +32,6 @@ pub use control::Identity;
 pub use error::Error;
 pub use life::BlockDevice;
 pub use remote::Remote;
+#[cfg(feature = "attach")]
+pub(crate) use target::remove_unused;
 pub use target::{Target, available, remove};

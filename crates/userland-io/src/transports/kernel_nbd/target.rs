@@ -3,9 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "attach")]
+use rustix::fs::FileType;
 use tokio::runtime::Handle;
 
 use super::connections::MOST;
+#[cfg(feature = "attach")]
+use super::control;
 use super::control::{Control, Identity};
 use super::error::Error;
 use super::life::{self, BlockDevice, Written};
@@ -14,6 +18,8 @@ use crate::transports::nbd::export::{block_sizes, transmission_flags};
 use crate::transports::nbd::limits::{Budget, Chairs, Environment, Limits, Shutdown};
 use crate::transports::nbd::session::{ReplyMode, Session};
 use crate::transports::nbd::wire::TransmissionFlags;
+#[cfg(feature = "attach")]
+use crate::transports::node;
 use crate::{Device, Engine, Features, Geometry};
 
 /// As many connections as this by default, on a machine that has the CPUs.
@@ -177,7 +183,30 @@ pub fn available() -> Result<(), Error> {
 /// As the driver says.
 pub fn remove(device: &Identity) -> Result<(), Error> {
     match device.is_connected() {
-        true => life::take_down(&mut Control::open()?, device, Written::Nothing),
+        true => life::take_down(&mut Control::open()?, device, None, Written::Nothing),
+        false => Ok(()),
+    }
+}
+
+/// As [`remove`], but takes away none that is in use, nor one of which that cannot be told.
+#[cfg(feature = "attach")]
+pub(crate) fn remove_unused(device: &Identity) -> Result<(), Error> {
+    if !device.is_connected() {
+        return Ok(());
+    }
+    let node = control::node(device.index);
+    let directory = control::directory(device.index);
+    node::ensure(&node, &directory, FileType::BlockDevice)
+        .map_err(Error::io(node.display().to_string()))?;
+    let claimed = life::claim(device.index)?;
+    match device.is_connected() {
+        true => life::take_down(
+            &mut Control::open()?,
+            device,
+            Some(claimed),
+            Written::Nothing,
+        ),
+        // It has gone meanwhile, and another may have come.
         false => Ok(()),
     }
 }

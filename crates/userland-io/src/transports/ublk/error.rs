@@ -56,12 +56,25 @@ pub enum Error {
         /// How it failed.
         source: io::Error,
     },
+    /// The thread that looks after the device has panicked.
+    #[error("the thread that looks after the block device has panicked")]
+    Lost,
     /// The disk's last flush, or its close, failed.
     #[error("the disk did not close well: {0}")]
     Close(crate::Error),
 }
 
 impl Error {
+    /// True if it comes of asking the driver to stop a device that is not in use, and the device lives on.
+    #[cfg(feature = "attach")]
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Error::InUse(_) => true,
+            Error::Command { command, .. } => *command == Control::TryStopDev.name(),
+            _ => false,
+        }
+    }
+
     pub(super) fn command(command: Control) -> impl Fn(io::Error) -> Error {
         move |source| Error::Command {
             command: command.name(),

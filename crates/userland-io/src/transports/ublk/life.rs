@@ -6,6 +6,7 @@
 //! The order of an end: the driver stops the device, which finishes what is under way and ends every tag's
 //! task; the queues' threads end; the character device is closed, and the driver removes it; the disk is closed.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
@@ -21,7 +22,7 @@ use super::error::Error;
 use super::params;
 use super::queues::Queues;
 use super::recover::recover;
-use super::target::{block_device, block_path, delete, forget_nodes, stop_unused};
+use super::target::{block_device, block_path, claim, delete, forget_nodes, stop_unused};
 use crate::transports::node;
 use crate::{Device, Engine, Geometry};
 
@@ -61,11 +62,7 @@ impl BlockDevice {
                 status.send_modify(|status| status.ended = true);
             })
             .map_err(Error::io("a thread"))?;
-        let index = told.await.unwrap_or_else(|_| {
-            Err(Error::Unavailable(
-                "the device's thread has panicked".to_owned(),
-            ))
-        })?;
+        let index = told.await.unwrap_or(Err(Error::Lost))?;
         Ok(BlockDevice {
             index,
             to,
@@ -110,15 +107,21 @@ impl BlockDevice {
     /// # Errors
     /// If the driver refuses, or [`Error::Close`] if the disk did not close well.
     pub async fn shutdown(self) -> Result<(), Error> {
-        self.stop(false).await
+        self.stop(How::AtOnce).await
     }
 
     /// As [`shutdown`](Self::shutdown), unless someone has the device open or mounted.
     ///
     /// # Errors
-    /// [`Error::InUse`], and the device lives on; else as `shutdown`.
+    /// [`Error::InUse`], or what says why that cannot be told, and the device lives on; else as `shutdown`.
     pub async fn shutdown_if_unused(&self) -> Result<(), Error> {
-        self.stop(true).await
+        self.stop(How::IfUnused).await
+    }
+
+    /// As [`shutdown_if_unused`](Self::shutdown_if_unused), by one who has claimed it.
+    #[cfg(feature = "attach")]
+    pub(crate) async fn shutdown_claimed(&self, claimed: File) -> Result<(), Error> {
+        self.stop(How::Claimed(claimed)).await
     }
 
     /// Resolves when the device is gone, also if somebody else took it away.
@@ -128,17 +131,18 @@ impl BlockDevice {
         let _ = status.wait_for(|status| status.ended).await;
     }
 
-    async fn stop(&self, if_unused: bool) -> Result<(), Error> {
+    async fn stop(&self, how: How) -> Result<(), Error> {
         let (answer, answered) = oneshot::channel();
         let answer = Some(answer);
-        if self.to.send(Message::Stop { if_unused, answer }).is_ok()
+        if self.to.send(Message::Stop { how, answer }).is_ok()
             && let Ok(result) = answered.await
         {
             return result;
         }
-        // It has ended before it was asked to.
-        self.ended().await;
-        Ok(())
+        // It has ended before it was asked to, or its thread has panicked.
+        let mut status = self.status.clone();
+        let ended = status.wait_for(|status| status.ended).await;
+        ended.map(drop).map_err(|_| Error::Lost)
     }
 }
 
@@ -146,7 +150,7 @@ impl Drop for BlockDevice {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.to.send(Message::Stop {
-            if_unused: false,
+            how: How::AtOnce,
             answer: None,
         });
     }
@@ -177,10 +181,18 @@ enum Message {
     /// The disk may have another size.
     Resize { answer: Option<Answer> },
     /// End.
-    Stop {
-        if_unused: bool,
-        answer: Option<Answer>,
-    },
+    Stop { how: How, answer: Option<Answer> },
+}
+
+/// How a device is to end.
+enum How {
+    /// Whoever uses it.
+    AtOnce,
+    /// Only if nobody does.
+    IfUnused,
+    /// It is claimed.
+    #[cfg(feature = "attach")]
+    Claimed(File),
 }
 
 /// A device's thread.
@@ -249,8 +261,16 @@ struct Life<E: Engine> {
 struct End {
     /// Who wants to know how that goes.
     answer: Option<Answer>,
-    /// Nobody has it open any more.
-    unused: bool,
+    /// Nobody uses it any more.
+    unused: Option<Unused>,
+}
+
+/// A device that nobody uses.
+struct Unused {
+    /// Kept until it is stopped, so that nobody comes to use it. `None` if it is stopped.
+    claimed: Option<File>,
+    /// How it went to write what was in the page cache.
+    written: Result<(), Error>,
 }
 
 enum OwnOrShared {
@@ -318,7 +338,7 @@ impl<E: Engine> Life<E> {
             match go {
                 // It goes on waiting for a process that can serve it.
                 Control::EndUserRecovery => queues.break_off(),
-                _ => take_down(&mut control, &mut queues, info.index, true)?,
+                _ => take_down(&mut control, &mut queues, info.index, true, None)?,
             }
             return Err(error);
         }
@@ -360,27 +380,40 @@ impl<E: Engine> Life<E> {
                         (None, Ok(())) => {}
                     }
                 }
-                Message::Stop {
-                    if_unused: true,
-                    answer: Some(answer),
-                } => match stop_unused(&mut self.control, self.info.index) {
-                    Ok(()) => {
-                        return End {
-                            answer: Some(answer),
-                            unused: true,
-                        };
-                    }
-                    Err(error) => drop(answer.send(Err(error))),
-                },
-                Message::Stop { answer, .. } => {
-                    return End {
-                        answer,
-                        unused: false,
+                Message::Stop { how, answer } => {
+                    let unused = match how {
+                        How::AtOnce => Ok(None),
+                        How::IfUnused => claim(self.info.index)
+                            .and_then(|claimed| self.stop_unused(claimed))
+                            .map(Some),
+                        #[cfg(feature = "attach")]
+                        How::Claimed(claimed) => self.stop_unused(claimed).map(Some),
                     };
+                    match (unused, answer) {
+                        (Ok(unused), answer) => return End { answer, unused },
+                        (Err(error), Some(answer)) => drop(answer.send(Err(error))),
+                        (Err(_), None) => {}
+                    }
                 }
             }
         }
         End::default()
+    }
+
+    /// Writes what is in the page cache, and stops the device unless somebody uses it, or has it claimed to be stopped.
+    fn stop_unused(&mut self, claimed: File) -> Result<Unused, Error> {
+        let index = self.info.index;
+        // One that somebody else has put to rest would wait for a process to take it. And one that is recoverable
+        // fails what is written while it is being stopped.
+        let info = self.control.info(index);
+        let written = match info.is_ok_and(|info| info.state == DeviceInfo::LIVE) {
+            true => claimed.sync_all(),
+            false => Ok(()),
+        };
+        let claimed = stop_unused(&mut self.control, index, Some(claimed))?;
+        let path = block_path(index);
+        let written = written.map_err(Error::io(format!("the last writes to {}", path.display())));
+        Ok(Unused { claimed, written })
     }
 
     /// Gives the device the size that the disk has.
@@ -408,8 +441,13 @@ impl<E: Engine> Life<E> {
     }
 
     /// Takes the device down, and gives the disk's handle back.
-    fn end(mut self, unused: bool) -> Result<(), Error> {
+    fn end(mut self, unused: Option<Unused>) -> Result<(), Error> {
         let index = self.info.index;
+        let is_unused = unused.is_some();
+        let (claimed, written) = match unused {
+            Some(Unused { claimed, written }) => (claimed, written),
+            None => (None, Ok(())),
+        };
         // Somebody else may have put it to rest, for another process to resume it.
         let waits = self
             .control
@@ -420,7 +458,13 @@ impl<E: Engine> Life<E> {
                 self.queues.end();
                 Ok(())
             }
-            false => take_down(&mut self.control, &mut self.queues, index, unused),
+            false => take_down(
+                &mut self.control,
+                &mut self.queues,
+                index,
+                is_unused,
+                claimed,
+            ),
         };
         let closed = self.runtime.handle().block_on(async {
             if let Some(watcher) = self.watcher {
@@ -430,7 +474,7 @@ impl<E: Engine> Life<E> {
             }
             self.device.close().await.map_err(Error::Close)
         });
-        taken.and(closed)
+        written.and(taken).and(closed)
     }
 }
 
@@ -481,15 +525,18 @@ fn add(
 }
 
 /// Stops and removes a device whose queues may run, or none of them. If it is `unused`, its index is free when this is done;
-/// else that would be to wait for those who have it open.
+/// else that would be to wait for those who have it open. If it is `claimed`, nobody else can come to use it before it is stopped.
 fn take_down(
     control: &mut ControlDevice,
     queues: &mut Queues,
     index: u32,
     unused: bool,
+    claimed: Option<File>,
 ) -> Result<(), Error> {
     let mut taken = Ok(());
     let stopped = control.tell(Control::StopDev, index, 0);
+    // It would keep the index taken.
+    drop(claimed);
     if let Err(error) = stopped
         // Somebody else may have been faster.
         && control.info(index).is_ok()

@@ -1,7 +1,6 @@
 //! What a caller asks for: a new block device, one to be resumed, or word of those there are.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use tokio::sync::oneshot;
@@ -287,30 +286,41 @@ pub(crate) fn remove_unused(index: u32, named: u64) -> Result<(), Error> {
         return Err(Error::Served { index, pid });
     }
     if info.state != DeviceInfo::DEAD {
-        stop_unused(&mut control, index)?;
-        control
-            .tell(Control::StopDev, index, 0)
-            .map_err(Error::command(Control::StopDev))?;
+        // Nobody is there to take what is not yet written.
+        let claimed = stop_unused(&mut control, index, None)?;
+        let stopped = control.tell(Control::StopDev, index, 0);
+        drop(claimed);
+        stopped.map_err(Error::command(Control::StopDev))?;
     }
     delete(&mut control, index)
 }
 
-/// Stops a device if nobody has it open. Where the driver cannot do that in one, it is only made sure of.
-pub(super) fn stop_unused(control: &mut ControlDevice, index: u32) -> Result<(), Error> {
-    let in_use = |error: std::io::Error| match error.raw_os_error() {
-        Some(libc::EBUSY) => Error::InUse(index),
-        _ => Error::command(Control::TryStopDev)(error),
-    };
+/// Stops a device if nobody has it open. Where the driver cannot do that in one, it is claimed, unless it is already, and the
+/// claim is for the caller to keep until the device is stopped. Plain openers are not seen then.
+pub(super) fn stop_unused(
+    control: &mut ControlDevice,
+    index: u32,
+    claimed: Option<File>,
+) -> Result<Option<File>, Error> {
     if control.can(Flags::SAFE_STOP_DEV) {
-        return control.tell(Control::TryStopDev, index, 0).map_err(in_use);
+        // It counts.
+        drop(claimed);
+        return match control.tell(Control::TryStopDev, index, 0) {
+            Ok(()) => Ok(None),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(Error::InUse(index)),
+            Err(error) => Err(Error::command(Control::TryStopDev)(error)),
+        };
     }
-    // An exclusive opener is refused while there is another, such as a mount; plain ones are not seen.
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
-        .open(block_path(index))
-        .map(drop)
-        .map_err(in_use)
+    claimed.map_or_else(|| claim(index), Ok).map(Some)
+}
+
+/// Claims the device, unless somebody has.
+pub(super) fn claim(index: u32) -> Result<File, Error> {
+    let path = block_path(index);
+    node::claim(&path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::ResourceBusy => Error::InUse(index),
+        _ => Error::io(path.display().to_string())(error),
+    })
 }
 
 /// Removes a device that is stopped, without waiting for those who still have it open. Its index is
