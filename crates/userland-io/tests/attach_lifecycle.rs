@@ -1,12 +1,17 @@
 //! Attached devices come, are used, and go, also when somebody is in the way or their process dies.
 #![cfg(all(feature = "attach", target_os = "linux"))]
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use userland_io::attach::{AttachError, Builder, DetachError, Listed, State, Via, list};
 use userland_io::engines::Memory;
@@ -86,6 +91,81 @@ async fn a_device_in_use_is_not_detached_and_goes_on() {
     direct(disk.path()).read_exact_at(&mut block, 4096).unwrap();
     assert_eq!(block[..], [7; 512]);
     detach(disk).await;
+}
+
+#[tokio::test]
+async fn a_device_that_cannot_be_claimed_for_want_of_files_is_not_detached() {
+    let Some(mut child) = Child::start("child_without_files") else {
+        return;
+    };
+    child.said("done");
+}
+
+#[tokio::test]
+#[ignore = "another test's child process"]
+async fn child_without_files() {
+    let Some(mut disk) = attached(Memory::new(SIZE)).await else {
+        return children::say("skipped", "");
+    };
+    let claim = open(disk.path(), libc::O_EXCL).unwrap();
+    let before = getrlimit(Resource::Nofile);
+    // The lowest that is free. What is open stays so.
+    let free = File::open("/dev/null").unwrap().as_raw_fd();
+    let none = Rlimit {
+        current: Some(free.try_into().unwrap()),
+        ..before
+    };
+    setrlimit(Resource::Nofile, none).unwrap();
+    let refused = disk.detach().await;
+    setrlimit(Resource::Nofile, before).unwrap();
+    let error = refused.unwrap_err();
+    assert!(matches!(error, DetachError::Refused { .. }), "{error}");
+    assert!(error.to_string().contains("Too many open files"), "{error}");
+    claim.write_all_at(&[7; 512], 4096).unwrap();
+    claim.sync_all().unwrap();
+    drop(claim);
+    detach(disk).await;
+    children::say("done", "");
+}
+
+/// Whoever has claimed a device, and could use it, can use it until they let go.
+#[tokio::test]
+async fn nobody_can_come_between_the_look_and_the_end() {
+    let mut claims = 0;
+    for _ in 0..10 {
+        let Some(mut disk) = attached(Memory::new(SIZE)).await else {
+            return;
+        };
+        let is_over = Arc::new(AtomicBool::new(false));
+        let (path, over) = (disk.path().to_owned(), is_over.clone());
+        let user = thread::spawn(move || {
+            let mut claims = 0;
+            while !over.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_micros(500));
+                if is_free(&path) {
+                    continue;
+                }
+                let Ok(claim) = open(&path, libc::O_EXCL | libc::O_DIRECT) else {
+                    continue;
+                };
+                let mut block = Aligned::new(512);
+                // It may have been going when it was claimed.
+                if claim.read_exact_at(&mut block, 0).is_ok() && !is_free(&path) {
+                    for _ in 0..5 {
+                        claim.read_exact_at(&mut block, 0).unwrap();
+                    }
+                    claims += 1;
+                }
+            }
+            claims
+        });
+        while let Err(error) = disk.detach().await {
+            assert!(matches!(error, DetachError::InUse { .. }), "{error}");
+        }
+        is_over.store(true, Ordering::Relaxed);
+        claims += user.join().unwrap();
+    }
+    assert!(claims > 0);
 }
 
 #[tokio::test]
