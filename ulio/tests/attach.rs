@@ -11,7 +11,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// What the README promises of its second example.
 #[test]
@@ -260,6 +260,29 @@ fn a_failed_last_flush_is_told_to_whoever_ends_it() {
     ran.fails(1, &[]);
     assert!(reason(&ran), "{ran:#?}");
     assert_eq!(disk.server.wait().code, Some(1));
+}
+
+/// Silence is no answer: the last flush was never done.
+#[test]
+fn a_daemon_that_dies_while_it_flushes_has_not_detached_in_order() {
+    if !can_attach() {
+        return;
+    }
+    let ulio = Ulio::new();
+    let disk = Attached::new(&ulio, "memory:1M delay:flush=5s");
+    let detach = format!("detach {}", disk.path.display());
+    let detaching = ulio
+        .command(detach.split(' '))
+        .stderr(Stdio::piped())
+        .spawn();
+    // Once the device is gone, the disk is flushed.
+    until("the last flush is waited for", || {
+        listed(&ulio, &disk.path).is_none()
+    });
+    disk.kill();
+    let ran = Ran::from(detaching.unwrap().wait_with_output().unwrap());
+    assert_eq!(ran.code, Some(1), "{ran:#?}");
+    assert!(ran.err.contains("before the disk was flushed"), "{ran:#?}");
 }
 
 #[test]

@@ -97,9 +97,15 @@ pub enum DetachError {
         /// Why.
         error: io::Error,
     },
-    /// What the process that served it says: the device is gone, but something went wrong on the way.
+    /// What the process says that serves it, or did, in its words for any of the others.
     #[error("{0}")]
     Told(String),
+    /// Whoever served it ended, or gave no answer, before it had said that the disk was flushed.
+    #[error("{path}: what serves it ended, or gave no answer, before the disk was flushed", path = .path.display())]
+    Lost {
+        /// The device.
+        path: PathBuf,
+    },
     /// The device is gone, but the disk's last flush or its close failed.
     #[error("the disk could not be flushed or closed: {0}")]
     Disk(Error),

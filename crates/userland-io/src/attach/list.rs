@@ -15,6 +15,32 @@ use crate::Op;
 /// How long a daemon may take to tell its counters.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// What a daemon answers that has detached its device and closed the disk.
+const DONE: &str = "done\n";
+/// What it answers while somebody uses the device.
+pub(super) const IN_USE: &str = "in use\n";
+/// Begins the answer that tells what went wrong.
+const ERROR: &str = "error ";
+
+/// How it went, for the process that asked: no end of a daemon looks like one of these.
+pub(super) fn answer(result: &Result<(), DetachError>) -> String {
+    match result {
+        Ok(()) => DONE.to_owned(),
+        Err(error) => format!("{ERROR}{error}\n"),
+    }
+}
+
+/// What a daemon's answer says of how its device, at `path`, has ended.
+fn ended_so(answer: &str, path: &Path) -> Result<(), DetachError> {
+    match (answer, answer.strip_prefix(ERROR)) {
+        (DONE, _) => Ok(()),
+        (_, Some(text)) => Err(DetachError::Told(text.trim_end().to_owned())),
+        _ => Err(DetachError::Lost {
+            path: path.to_owned(),
+        }),
+    }
+}
+
 /// Every device on record, of the living and of the dead.
 ///
 /// # Errors
@@ -208,9 +234,9 @@ impl Listed {
                 return Err(in_use());
             }
             let answer = self.ask("detach\n", None).map_err(failed)?;
-            return match answer.trim_end() {
-                "" => Ok(()),
-                text => Err(DetachError::Told(text.to_owned())),
+            return match answer.as_str() {
+                IN_USE => Err(in_use()),
+                answer => ended_so(answer, &device),
             };
         }
         way::remove_stale(&self.record).map_err(|error| match error.kind() {
@@ -233,6 +259,19 @@ impl Listed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_whole_answer_says_that_all_went_well() {
+        let path = Path::new("/dev/loop0");
+        let said = |text: &str| ended_so(text, path).map_err(|error| error.to_string());
+        assert_eq!(said(&answer(&Ok(()))), Ok(()));
+        let error = DetachError::Told("no space".to_owned());
+        assert_eq!(said(&answer(&Err(error))), Err("no space".to_owned()));
+        for text in ["", "do", "done", "in use"] {
+            let lost = said(text).unwrap_err();
+            assert!(lost.contains("before the disk was flushed"), "{text:?}");
+        }
+    }
 
     #[test]
     fn counters_are_read_as_they_were_written() {

@@ -15,10 +15,10 @@ use tokio::runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::holders::holders_besides;
-use super::list::Counters;
+use super::list::{Counters, answer};
 use super::record::Record;
 use super::way::{self, Pending, Running, Settings, Undone, blocking};
-use super::{AttachError, DetachError, PassedOver, Via, kernel_nbd, process};
+use super::{AttachError, DetachError, PassedOver, Via, kernel_nbd, list, process};
 use crate::{Device, Engine, ErrorKind, ExtentKind, Extents, Features, Geometry, ReadBuf};
 
 /// How often a device whose handle was dropped is looked at: is it still in use?
@@ -67,11 +67,11 @@ impl Asked {
                 let _ = handle.send(result);
             }
             Asked::Visitor(mut visitor) => {
-                let text = result.err().map(|error| error.to_string());
+                let text = answer(&result);
                 let _ = visitor
                     .set_nonblocking(false)
                     .and_then(|()| visitor.set_write_timeout(Some(PATIENCE)))
-                    .and_then(|()| visitor.write_all(text.unwrap_or_default().as_bytes()));
+                    .and_then(|()| visitor.write_all(text.as_bytes()));
             }
         }
     }
@@ -92,6 +92,8 @@ pub(super) struct Status {
     pub(super) size: u64,
     /// Why it is gone; the inner `None` stands for detached.
     pub(super) ended: Option<Option<String>>,
+    /// What went wrong with its end, or with the disk's last flush or its close.
+    pub(super) failed: Option<String>,
 }
 
 /// Starts the thread.
@@ -131,6 +133,7 @@ struct Farewell {
     asked: Option<(Asked, Result<(), DetachError>)>,
     status: Option<watch::Sender<Status>>,
     why: Option<String>,
+    failed: Option<String>,
 }
 
 impl Farewell {
@@ -139,7 +142,10 @@ impl Farewell {
             asked.answer(result);
         }
         if let Some(status) = self.status {
-            status.send_modify(|status| status.ended = Some(self.why));
+            status.send_modify(|status| {
+                status.ended = Some(self.why);
+                status.failed = self.failed;
+            });
         }
     }
 }
@@ -206,6 +212,7 @@ async fn keep<E: Engine>(
     let (status, watched) = watch::channel(Status {
         size: attached.running.size(),
         ended: None,
+        failed: None,
     });
     let started = Started {
         path: attached.running.path().to_owned(),
@@ -218,7 +225,7 @@ async fn keep<E: Engine>(
     let (asked, gone) = attached.serve(orders, &status).await;
     // What is left of one that did not end in order is for whoever reads the record.
     let is_left = !matches!(gone, Gone::Detached(Ok(()))) && attached.running.is_there();
-    let (mut result, mut why) = match gone {
+    let (mut result, why) = match gone {
         Gone::Detached(result) => (result, None),
         Gone::Ended(why) => (Ok(()), Some(why)),
     };
@@ -242,13 +249,12 @@ async fn keep<E: Engine>(
         // What the kernel may have said before is this in other words.
         result = Err(DetachError::Disk(error));
     }
-    if let Err(error) = &result {
-        why.get_or_insert_with(|| error.to_string());
-    }
+    let failed = result.as_ref().err().map(ToString::to_string);
     Farewell {
         asked: asked.map(|asked| (asked, result)),
         status: Some(status),
-        why,
+        why: why.or_else(|| failed.clone()),
+        failed,
     }
 }
 
@@ -501,7 +507,11 @@ impl<E: Engine> Attached<E> {
             b"detach\n" => {
                 match self.detach().await {
                     Err(Undone::Refused(error)) => {
-                        let text = self.refusal(error).await.to_string();
+                        let text = match error.kind() {
+                            // Whoever asked can tell who uses it.
+                            io::ErrorKind::ResourceBusy => list::IN_USE.to_owned(),
+                            _ => answer(&Err(self.refusal(error).await)),
+                        };
                         let sending = visitor.write_all(text.as_bytes());
                         let _ = tokio::time::timeout(PATIENCE, sending).await;
                         None

@@ -253,8 +253,15 @@ impl Attached {
     /// Resolves when the device is gone, and says why: `None` if it was detached.
     pub async fn ended(&self) -> Option<String> {
         let mut status: watch::Receiver<Status> = self.started.status.clone();
-        let ended = status.wait_for(|status| status.ended.is_some()).await;
-        ended.ok()?.ended.clone()?
+        match status.wait_for(|status| status.ended.is_some()).await {
+            Ok(status) => status.ended.clone().flatten(),
+            Err(_) => Some(self.lost().to_string()),
+        }
+    }
+
+    fn lost(&self) -> DetachError {
+        let path = self.path().to_owned();
+        DetachError::Lost { path }
     }
 
     /// True if somebody uses the device: a mount, a device on top of it, or an exclusive open.
@@ -266,17 +273,26 @@ impl Attached {
     }
 
     /// Flushes, takes the device away, and closes the disk, unless the caller has further handles to it.
-    /// Further calls do nothing and succeed.
+    /// Further calls do nothing, and answer how its end went.
     ///
     /// # Errors
     /// [`DetachError::InUse`] if somebody uses it, [`DetachError::Refused`] if that cannot be told: nothing has changed then, and
     /// it can be called again. Else the device has ended, and the error says what went wrong on the way.
     pub async fn detach(&mut self) -> Result<(), DetachError> {
         let (answer, answered) = oneshot::channel();
-        if self.orders.send(Order::Detach(answer)).is_err() {
-            return Ok(());
+        if self.orders.send(Order::Detach(answer)).is_ok()
+            && let Ok(result) = answered.await
+        {
+            return result;
         }
-        // Without an answer it had ended before the order was read.
-        answered.await.unwrap_or(Ok(()))
+        // It had ended before the order was read, or its thread has panicked.
+        let mut status: watch::Receiver<Status> = self.started.status.clone();
+        match status.wait_for(|status| status.ended.is_some()).await {
+            Ok(status) => match &status.failed {
+                None => Ok(()),
+                Some(text) => Err(DetachError::Told(text.clone())),
+            },
+            Err(_) => Err(self.lost()),
+        }
     }
 }
