@@ -63,7 +63,6 @@ impl<E: Engine> Service<E> {
             depth,
             modified: Modified::now(),
         };
-        keep_large_memory_apart();
         let mut config = Config::default();
         config.n_threads = Some(threads);
         // Those who may not open it have the one that they were given.
@@ -88,28 +87,6 @@ impl<E: Engine> Service<E> {
             closed
         })?;
         Ok(Session { ended, thread })
-    }
-}
-
-/// Sees to it that fuser's buffers, of 16 MiB for each thread, take no more memory than requests touch, and go
-/// when their thread does.
-///
-/// Once such memory was freed, glibc's allocator takes the next from what it keeps, and fills that with zeroes: all of it is
-/// resident then, and stays. With thresholds of their own, memory of this length comes from the kernel each time, as zeroes.
-fn keep_large_memory_apart() {
-    #[cfg(target_env = "gnu")]
-    {
-        static ONCE: std::sync::Once = std::sync::Once::new();
-        ONCE.call_once(|| {
-            // SAFETY: they set numbers of the allocator's, under its lock, that decide where memory comes from.
-            let set = unsafe {
-                libc::mallopt(libc::M_MMAP_THRESHOLD, 8 << 20)
-                    & libc::mallopt(libc::M_TRIM_THRESHOLD, 16 << 20)
-            };
-            if set == 0 {
-                tracing::debug!("the allocator keeps its thresholds");
-            }
-        });
     }
 }
 
