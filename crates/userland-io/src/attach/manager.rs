@@ -285,7 +285,7 @@ async fn attach<E: Engine>(
     };
     // What could be resumed once can be again.
     record.recoverable = settings.recoverable || settings.resume.is_some();
-    publish(view, record, via, running, passed_over).await
+    publish(view, geometry, record, via, running, passed_over).await
 }
 
 /// Why the kernel does not talk to somebody's NBD server itself.
@@ -329,7 +329,8 @@ async fn hand_over(uri: &str, settings: &Settings) -> Result<Attached<Elsewhere>
             return Err(NotHandedOver::PassedOver(error.to_string()));
         }
     };
-    let published = publish(view, record, Via::Nbd, running, Vec::new()).await;
+    let seen = view.geometry();
+    let published = publish(view, seen, record, Via::Nbd, running, Vec::new()).await;
     published.map_err(NotHandedOver::Failed)
 }
 
@@ -345,9 +346,10 @@ impl Engine for Elsewhere {
     }
 }
 
-/// Puts a device on record that is there.
+/// Puts a device on record that is there, and was made for what `seen` says.
 async fn publish<E: Engine>(
     view: Device<E>,
+    seen: Geometry,
     mut record: Record,
     via: Via,
     mut running: Box<dyn Running>,
@@ -377,6 +379,7 @@ async fn publish<E: Engine>(
     adopt(&record);
     Ok(Attached {
         view,
+        seen,
         record,
         running,
         listener,
@@ -405,6 +408,8 @@ fn listen(record: &Record) -> io::Result<UnixListener> {
 
 struct Attached<E> {
     view: Device<E>,
+    /// As the disk was before the device was made: what changed since then is still to be followed.
+    seen: Geometry,
     record: Record,
     running: Box<dyn Running>,
     listener: UnixListener,
@@ -423,7 +428,6 @@ impl<E: Engine> Attached<E> {
         mut orders: mpsc::UnboundedReceiver<Order>,
         status: &watch::Sender<Status>,
     ) -> (Option<Asked>, Gone) {
-        let mut seen = self.view.geometry();
         let mut is_dropped = false;
         loop {
             enum Event {
@@ -435,7 +439,7 @@ impl<E: Engine> Attached<E> {
             }
             let event = tokio::select! {
                 order = orders.recv(), if !is_dropped => Event::Order(order),
-                geometry = self.view.changed(seen) => Event::Changed(geometry),
+                geometry = self.view.changed(self.seen) => Event::Changed(geometry),
                 why = self.running.ended() => Event::Ended(why),
                 visitor = self.listener.accept() => Event::Visitor(visitor.map(|(visitor, _)| visitor)),
                 () = tokio::time::sleep(LOOK_AGAIN), if is_dropped => Event::Look,
@@ -462,7 +466,7 @@ impl<E: Engine> Attached<E> {
                     }
                 },
                 Event::Changed(geometry) => {
-                    seen = geometry;
+                    self.seen = geometry;
                     if let Err(error) = self.running.resize(geometry.size).await {
                         let (device, to) = (self.running.path().display(), geometry.size);
                         tracing::error!(%device, to, %error, "the device cannot follow the disk's size");
