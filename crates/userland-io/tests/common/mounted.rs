@@ -1,11 +1,15 @@
 //! A mounted ext4.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::clients::run;
 use crate::need;
+
+/// How long others may take to let go of it.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A file system that is mounted until this is dropped.
 pub(crate) struct Mounted {
@@ -37,9 +41,16 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let ran = run(&self.umount, &[self.path().to_str().unwrap()]);
-        if !ran.ok && !std::thread::panicking() {
-            panic!("{}", ran.stderr);
+        let begun = Instant::now();
+        loop {
+            let ran = run(&self.umount, &[self.path().to_str().unwrap()]);
+            // A program that has said its last word may not have ended yet.
+            let is_busy = ran.stderr.contains("busy") && begun.elapsed() < PATIENCE;
+            if ran.ok || !is_busy {
+                assert!(ran.ok || std::thread::panicking(), "{}", ran.stderr);
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }
