@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fd::AsFd;
 use tokio::runtime::Handle;
@@ -16,10 +17,14 @@ use super::module;
 use super::record::Record;
 use super::way::{Pending, Running, Settings, Undone, blocking};
 use crate::transports::fuse;
-use crate::{Device, Engine, Features};
+use crate::{Device, Engine, Features, Geometry};
 
 /// The largest block that loop devices have everywhere, in bytes: the smallest page.
 const MAX_BLOCK: u32 = 4096;
+/// How long a file system may take to end that nobody has any more.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The record's field: the name of the file.
+const FILE: &str = "file";
 
 pub(super) fn probe(settings: &Settings) -> Result<(), String> {
     if settings.recoverable || settings.resume.is_some() {
@@ -45,13 +50,21 @@ pub(super) async fn start<E: Engine>(
     if let Some(depth) = settings.depth {
         file = file.depth(depth);
     }
-    let name = file_name(record);
+    // On record before there is a device, which is known by it.
+    let name = file_name(record, fastrand::u64(..));
+    let mut noted = record.clone();
+    noted.remains = vec![(FILE.to_owned(), name.clone())];
+    noted.save()?;
     let attached = blocking(move || Attached::new(device, file, name)).await?;
     Ok(Box::new(attached))
 }
 
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
-    let Some(device) = LoopDevice::find(&format!("/{}", file_name(record)))? else {
+    // Without a name there was no device yet.
+    let Some(name) = record.remains(FILE) else {
+        return Ok(());
+    };
+    let Some(device) = LoopDevice::find(&format!("/{name}"))? else {
         return Ok(());
     };
     match device.remove() {
@@ -61,12 +74,15 @@ pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
     }
 }
 
-/// The name of the file behind the device of `record`, in the root of its file system.
-fn file_name(record: &Record) -> String {
-    format!("ulio-{}", record.id)
+/// The name of the file behind the device of `record`, in the root of its file system. Processes in other containers, or before and
+/// after a restart of the machine, may have the same number and the same start, so it has something random, too.
+fn file_name(record: &Record, random: u64) -> String {
+    format!("ulio-{}-{:x}-{random:016x}", record.id, record.started)
 }
 
 struct Attached {
+    /// The file's name.
+    name: String,
     /// Until the device is detached.
     session: Option<fuse::Session>,
     device: LoopDevice,
@@ -86,31 +102,51 @@ impl Attached {
         let made = fuse::open_in(mount.as_fd(), Path::new(&name), !is_read_only)
             .and_then(|file| LoopDevice::over(&file, block, is_read_only));
         drop(mount);
-        let sized = made.and_then(|device| match device.size() {
-            Ok(size) => Ok((device, size)),
-            Err(error) => device.remove().and(Err(error)),
-        });
-        let (device, size) = match sized {
-            Ok(sized) => sized,
+        let device = match made {
+            Ok(device) => device,
             Err(error) => {
-                let _ = session.join();
+                // Not for ever: a loop device may be left that nobody knows of.
+                session.ends_within(PATIENCE);
                 return Err(error);
             }
         };
-        // The kernel takes this anew with each file. Other attributes would stay for whoever has the device next.
-        let is_rotational = geometry.features.contains(Features::ROTATIONAL);
-        device.set("rotational", if is_rotational { "1" } else { "0" });
-        // Somebody may have told the kernel to leave flushes out, and it still does so with this file.
-        if geometry.needs_flush() {
-            device.set("write_cache", "write back");
-        }
+        let size = match settle(&device, &geometry) {
+            Ok(size) => size,
+            Err(error) => {
+                // As long as it is there it holds the file, and the session does not end.
+                return Err(match device.remove() {
+                    Ok(()) => session.join().err().map_or(error, io::Error::from),
+                    Err(why) => {
+                        let path = device.path();
+                        let left = format!("{error}; and {} is left: {why}", path.display());
+                        io::Error::new(error.kind(), left)
+                    }
+                });
+            }
+        };
         Ok(Attached {
+            name,
             path: device.path(),
             size,
             device,
             session: Some(session),
         })
     }
+}
+
+/// What a device that is over its file still needs; answers its size in bytes.
+fn settle(device: &LoopDevice, geometry: &Geometry) -> io::Result<u64> {
+    // The kernel takes this anew with each file. Other attributes would stay for whoever has the device next.
+    let is_rotational = geometry.features.contains(Features::ROTATIONAL);
+    if let Err(error) = device.set("rotational", if is_rotational { "1" } else { "0" }) {
+        tracing::debug!(%error, "not set");
+    }
+    // Somebody may have told the kernel to leave flushes out, and it still does so with this file: what was synced there would
+    // not be on the disk.
+    if geometry.needs_flush() {
+        device.set("write_cache", "write back")?;
+    }
+    device.size()
 }
 
 impl Running for Attached {
@@ -120,6 +156,10 @@ impl Running for Attached {
 
     fn size(&self) -> u64 {
         self.size
+    }
+
+    fn remains(&self) -> Vec<(&'static str, String)> {
+        vec![(FILE, self.name.clone())]
     }
 
     fn resize(&mut self, _: u64) -> Pending<'_, io::Result<()>> {

@@ -120,13 +120,10 @@ impl LoopDevice {
             });
             // SAFETY: the call reads a `loop_config`, which `config` is laid out as.
             let configured = device.and_then(|device| unsafe {
-                call(&device, LOOP_CONFIGURE, (&raw const config).addr())
+                call(&device, LOOP_CONFIGURE, (&raw const config).addr()).map(|_| device)
             });
             match configured {
-                Ok(_) => {
-                    let backing = backing_of(number).unwrap_or_default();
-                    return Ok(LoopDevice { number, backing });
-                }
+                Ok(device) => return LoopDevice::known(number, device),
                 // Somebody else has it by now, or it is just going.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENXIO)) => {}
                 Err(error) => return Err(error),
@@ -135,6 +132,27 @@ impl LoopDevice {
         Err(io::Error::new(
             io::ErrorKind::ResourceBusy,
             "others take every free loop device at once",
+        ))
+    }
+
+    /// The one that was just made, and is open as `device`.
+    fn known(number: u32, device: File) -> io::Result<Self> {
+        if let Some(backing) = backing_of(number) {
+            return Ok(LoopDevice { number, backing });
+        }
+        // Nobody could tell it from others later.
+        // SAFETY: this call takes no argument.
+        let cleared = unsafe { call(&device, LOOP_CLR_FD, 0) };
+        let left = match cleared {
+            Ok(_) => String::new(),
+            Err(error) => format!(", and it is left: {error}"),
+        };
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!(
+                "{}: sysfs does not say what it is over{left}",
+                node_of(number).display()
+            ),
         ))
     }
 
@@ -182,14 +200,25 @@ impl LoopDevice {
         Ok(())
     }
 
-    /// Sets an attribute of its queue, unless it has that value. What the kernel does not know stays as it is.
-    pub(super) fn set(&self, attribute: &str, value: &str) {
+    /// Sets an attribute of its queue, unless it has that value.
+    ///
+    /// # Errors
+    /// If it has another value then, or none that can be read.
+    pub(super) fn set(&self, attribute: &str, value: &str) -> io::Result<()> {
         let path = sysfs(self.number).join("queue").join(attribute);
+        let failed = |error: io::Error| {
+            let text = format!("{} cannot be `{value}`: {error}", path.display());
+            io::Error::new(error.kind(), text)
+        };
+        let has = || fs::read_to_string(&path).map(|now| now.trim() == value);
         // Each change stops the queue for some milliseconds.
-        if fs::read_to_string(&path).is_ok_and(|now| now.trim() != value)
-            && let Err(error) = fs::write(&path, value)
-        {
-            tracing::debug!(path = %path.display(), value, %error, "not set");
+        if has().map_err(failed)? {
+            return Ok(());
+        }
+        fs::write(&path, value).map_err(failed)?;
+        match has().map_err(failed)? {
+            true => Ok(()),
+            false => Err(failed(io::ErrorKind::InvalidInput.into())),
         }
     }
 
@@ -213,7 +242,7 @@ impl LoopDevice {
         // SAFETY: this call takes no argument.
         match unsafe { call(&device, LOOP_CLR_FD, 0) } {
             // It has none any more.
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
+            Err(error) if is_gone(&error) => {}
             cleared => drop(cleared?),
         }
         // If others have it open, it goes when the last of them closes it.
@@ -222,7 +251,15 @@ impl LoopDevice {
         let mut step = Duration::from_micros(100);
         while self.is_there() {
             if Instant::now() > until {
-                return Err(self.keep());
+                return match self.keep() {
+                    // The last has just closed it.
+                    Err(error) if is_gone(&error) => synced,
+                    Err(error) => Err(error),
+                    Ok(()) => Err(io::Error::new(
+                        io::ErrorKind::ResourceBusy,
+                        "a program has it open",
+                    )),
+                };
             }
             thread::sleep(step);
             step = (step * 2).min(Duration::from_millis(20));
@@ -230,18 +267,14 @@ impl LoopDevice {
         synced
     }
 
-    /// Takes back that it goes when it is closed, and gives the error that says why.
-    fn keep(&self) -> io::Error {
-        let kept = self.open(0).and_then(|device| {
-            let mut info = self.info(&device)?;
-            info.flags &= !LO_FLAGS_AUTOCLEAR;
-            // SAFETY: the call reads a `loop_info64`, which `info` is laid out as.
-            unsafe { call(&device, LOOP_SET_STATUS64, (&raw const info).addr()) }
-        });
-        match kept {
-            Ok(_) => io::Error::new(io::ErrorKind::ResourceBusy, "a program has it open"),
-            Err(error) => error,
-        }
+    /// Takes back that it goes when it is closed.
+    fn keep(&self) -> io::Result<()> {
+        let device = self.open(0)?;
+        let mut info = self.info(&device)?;
+        info.flags &= !LO_FLAGS_AUTOCLEAR;
+        // SAFETY: the call reads a `loop_info64`, which `info` is laid out as.
+        unsafe { call(&device, LOOP_SET_STATUS64, (&raw const info).addr()) }?;
+        Ok(())
     }
 
     fn info(&self, device: &File) -> io::Result<Info> {
@@ -251,10 +284,21 @@ impl LoopDevice {
         Ok(info)
     }
 
+    /// Opens it. If it is gone, or another by now: see [`is_gone`].
     fn open(&self, flags: c_int) -> io::Result<File> {
         let mut options = OpenOptions::new();
-        options.read(true).custom_flags(flags).open(self.path())
+        let device = options.read(true).custom_flags(flags).open(self.path())?;
+        // Asked again: while it is open here it does not become another.
+        match self.is_there() {
+            true => Ok(device),
+            false => Err(io::Error::from_raw_os_error(libc::ENXIO)),
+        }
     }
+}
+
+/// True for what the kernel says of a loop device that is over nothing.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENXIO)
 }
 
 fn node_of(number: u32) -> PathBuf {
@@ -283,6 +327,34 @@ unsafe fn call(file: &File, request: c_ulong, argument: usize) -> io::Result<c_i
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Where the device has become another between a look at it and an open of it.
+    #[test]
+    fn a_device_that_is_another_by_now_is_not_touched() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        // Not root, or no loop devices here: nothing to see.
+        let Ok(device) = LoopDevice::over(file.as_file(), 512, true) else {
+            return;
+        };
+        let other = LoopDevice {
+            number: device.number,
+            backing: "/another".to_owned(),
+        };
+        for done in [
+            other.open(libc::O_EXCL).map(drop),
+            other.follow_file(),
+            other.size().map(drop),
+            other.keep(),
+        ] {
+            assert!(done.as_ref().is_err_and(is_gone), "{done:?}");
+        }
+        other.remove().unwrap();
+        assert!(device.is_there());
+        assert_eq!(device.size().unwrap(), 1 << 20);
+        device.remove().unwrap();
+        assert!(!device.is_there());
+    }
 
     #[test]
     fn structures_have_the_kernels_layout() {

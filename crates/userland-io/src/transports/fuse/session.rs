@@ -112,7 +112,7 @@ impl Session {
     }
 
     /// Waits for that, for so long.
-    pub(super) fn ends_within(&self, time: Duration) -> bool {
+    pub(crate) fn ends_within(&self, time: Duration) -> bool {
         let until = Instant::now() + time;
         while !self.has_ended() && Instant::now() < until {
             thread::sleep(Duration::from_millis(2));
