@@ -28,6 +28,8 @@ use crate::transports::node;
 const SECTOR: u32 = 512;
 /// How long the driver may take to forget a device that nobody has open, or only somebody who had a look at it.
 const FORGETTING: Duration = Duration::from_secs(1);
+/// How often another index is tried when somebody else was quicker.
+const TRIES: usize = 1000;
 const STEP: Duration = Duration::from_millis(2);
 
 /// A kernel block device that this process serves; see [`Target`](super::Target).
@@ -387,23 +389,36 @@ impl<S: Side> Life<S> {
 /// Connects a device. Answers if the driver had it before.
 fn connect(plan: &Plan, far: &[OwnedFd]) -> Result<(Control, Identity, bool), Error> {
     let mut control = Control::open()?;
-    let before = control::indexes();
     // Some kernels (6.12, for one) let a device that once could zero by command go on doing so. A server that cannot
     // gets one that was never used.
     let harmless = TransmissionFlags::SEND_WRITE_ZEROES | TransmissionFlags::READ_ONLY;
-    let index = match plan.flags.intersects(harmless) {
-        true => None,
-        false => (0..).find(|index| !before.contains(index)),
-    };
-    let wanted = Wanted {
-        index,
+    let mut wanted = Wanted {
+        index: None,
         size: whole_blocks(plan.size, plan.block_size),
         block_size: plan.block_size,
         flags: plan.flags.bits(),
         timeout: plan.timeout,
         identifier: &plan.identifier,
     };
-    let index = control.connect(&wanted, far)?;
+    let mut before = control::indexes();
+    let index = match plan.flags.intersects(harmless) {
+        true => control.connect(&wanted, far)?,
+        false => {
+            let mut tries = 0;
+            loop {
+                wanted.index = (0..).find(|index| !before.contains(index));
+                match control.connect(&wanted, far) {
+                    // Somebody else was quicker: theirs is used, and this looks for the next.
+                    Err(Error::Command { source, .. }) if is_taken(&source) && tries < TRIES => {
+                        tries += 1;
+                        before.extend(wanted.index);
+                        before.extend(control::indexes());
+                    }
+                    connected => break connected?,
+                }
+            }
+        }
+    };
     let identity = Identity {
         index,
         identifier: plan.identifier.clone(),
@@ -413,6 +428,11 @@ fn connect(plan: &Plan, far: &[OwnedFd]) -> Result<(Control, Identity, bool), Er
             .cast_unsigned(),
     };
     Ok((control, identity, before.contains(&index)))
+}
+
+/// What the driver says of an index that was free a moment ago.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EEXIST))
 }
 
 /// What becomes of that in the page cache which is not yet written.
