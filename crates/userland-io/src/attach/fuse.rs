@@ -10,17 +10,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fd::AsFd;
+use rustix::fs::FileType;
 use tokio::runtime::Handle;
 
 use super::loop_device::{CONTROL, LoopDevice};
 use super::module;
 use super::record::Record;
 use super::way::{Pending, Running, Settings, Undone, blocking};
-use crate::transports::fuse;
+use crate::transports::{fuse, node};
 use crate::{Device, Engine, Features, Geometry};
 
 /// The largest block that loop devices have everywhere, in bytes: the smallest page.
 const MAX_BLOCK: u32 = 4096;
+/// Where sysfs has what makes both.
+const MISC: &str = "/sys/class/misc";
 /// How long a file system may take to end that nobody has any more.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The record's field: the name of the file.
@@ -34,6 +37,10 @@ pub(super) fn probe(settings: &Settings) -> Result<(), String> {
         if !Path::new(node).exists() {
             module::load(name)?;
         }
+        // Where neither devtmpfs nor udev has made it.
+        let device = Path::new(MISC).join(Path::new(node).file_name().unwrap_or_default());
+        node::ensure(Path::new(node), &device, FileType::CharacterDevice)
+            .map_err(|error| format!("{node}: {error}"))?;
     }
     Ok(())
 }
