@@ -18,6 +18,8 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 
 /// Where the kernel's FUSE is.
 pub(crate) const DEVICE: &str = "/dev/fuse";
+/// What mountinfo calls our file systems.
+const TYPE: &str = "fuse.ulio";
 /// What mounts for those who may not.
 const HELPER: &str = "fusermount3";
 
@@ -100,6 +102,35 @@ pub(super) fn take_away(path: &Path, anyway: bool) -> io::Result<()> {
     }
 }
 
+/// True if the uppermost mount at `path`, which may be dead, is one of ours.
+pub(super) fn is_ours(path: &Path) -> io::Result<bool> {
+    // Nothing is asked of the last part, which would not answer.
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent.canonicalize()?,
+        _ => Path::new(".").canonicalize()?,
+    };
+    let at = parent.join(name);
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(uppermost(&mounts, &at) == Some(TYPE))
+}
+
+/// The type of what was mounted at `at` last, by the lines of mountinfo (proc_pid_mountinfo(5)).
+fn uppermost<'a>(mounts: &'a str, at: &Path) -> Option<&'a str> {
+    // As the kernel writes it.
+    let at = at.to_str()?;
+    let at = at.replace('\\', "\\134").replace(' ', "\\040");
+    let at = at.replace('\t', "\\011").replace('\n', "\\012");
+    let mut found = None;
+    for line in mounts.lines() {
+        let mut fields = line.split(' ');
+        if fields.nth(4) == Some(&at) {
+            found = fields.skip_while(|field| *field != "-").nth(1);
+        }
+    }
+    found
+}
+
 /// Lets fusermount3, which may do so for anybody, mount a file system of one file on the file `path` of the caller's.
 pub(super) fn mount_by_helper(path: &Path, is_read_only: bool) -> io::Result<File> {
     let (ours, its) = UnixStream::pair()?;
@@ -116,11 +147,16 @@ pub(super) fn mount_by_helper(path: &Path, is_read_only: bool) -> io::Result<Fil
     // Its copy of the other end, which would keep the socket open.
     drop(command);
     let output = output?;
-    let connection = match output.status.success() {
-        true => receive(&ours)?,
-        false => None,
-    };
-    connection.ok_or_else(|| said(&output))
+    if !output.status.success() {
+        return Err(said(&output));
+    }
+    let no_connection = || io::Error::other(format!("{HELPER} mounted it, and gave no connection"));
+    let connection = receive(&ours).and_then(|connection| connection.ok_or_else(no_connection));
+    if connection.is_err() {
+        // It is there all the same, and nobody serves it.
+        let _ = take_away(path, true);
+    }
+    connection
 }
 
 /// The file that comes with the next byte.
@@ -166,4 +202,21 @@ fn unmount_by_helper(path: &Path, anyway: bool) -> io::Result<()> {
 pub(super) fn cut(device: u64) -> io::Result<()> {
     let minor = rustix::fs::minor(device);
     std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_uppermost_mount_is_told_by_its_type() {
+        let mounts = "36 35 0:40 / /a\\040b rw,noatime shared:1 - ext4 /dev/sda1 rw\n\
+                      37 36 0:41 / /a\\040b rw - fuse.ulio ulio rw\n\
+                      38 35 0:42 / /c rw - fuse.ulio ulio rw\n\
+                      39 38 0:43 / /c rw master:2 - fuse.sshfs there: rw\n";
+        let of = |path: &str| uppermost(mounts, Path::new(path));
+        assert_eq!(of("/a b"), Some("fuse.ulio"));
+        assert_eq!(of("/c"), Some("fuse.sshfs"));
+        assert_eq!(of("/a"), None);
+    }
 }

@@ -233,6 +233,15 @@ impl Place {
             && error.raw_os_error() == Some(libc::ENOTCONN)
         {
             // Left mounted by a process that has died.
+            match kernel::is_ours(path) {
+                Ok(true) => {}
+                Ok(false) => {
+                    return Err(refuse(
+                        "a FUSE file system of another program is mounted there, and is dead: unmount it first",
+                    ));
+                }
+                Err(error) => return Err(refuse(&error.to_string())),
+            }
             kernel::take_away(path, true).map_err(|error| refuse(&error.to_string()))?;
         }
         let is_ours = match fs::metadata(path) {
