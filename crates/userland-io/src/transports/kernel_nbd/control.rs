@@ -111,7 +111,8 @@ impl Control {
         self.reconfigure(of, asked)
     }
 
-    /// Gives the device `sockets` in place of connections that are lost, and a time-out for requests from now on.
+    /// Gives the device `sockets` in place of connections that are lost, and a time-out for requests, and for new connections, from
+    /// now on.
     pub(super) fn reconnect<S: AsFd>(
         &mut self,
         of: &Identity,
@@ -120,6 +121,7 @@ impl Control {
     ) -> Result<(), Error> {
         let mut asked = Attributes::default();
         asked.u64(attribute::TIMEOUT, timeout.as_secs());
+        asked.u64(attribute::DEAD_CONN_TIMEOUT, timeout.as_secs());
         asked.nest(attribute::SOCKETS, &list(sockets));
         self.reconfigure(of, asked)
     }

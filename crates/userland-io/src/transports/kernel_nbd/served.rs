@@ -83,7 +83,7 @@ impl<E: Engine> Side for Served<E> {
             "the kernel has given up waiting for an answer: connecting anew, now that the disk has answered"
         );
         self.connections.close(place);
-        // For requests from now on; the kernel asks the same one again with the time-out that it had.
+        // For what is new from now on; the kernel asks the same request again with the time-out that it had.
         let longer = (2 * self.order.timeout).min(LONGEST);
         self.order.timeout = longer.max(self.order.timeout);
         let far = self.open(place);

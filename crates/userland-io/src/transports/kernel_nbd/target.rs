@@ -90,7 +90,8 @@ impl<E: Engine> Target<E> {
     ///
     /// So if this process dies, every request has failed after twice this time. If it lives and the disk is that slow, the
     /// connection is made anew as soon as the disk has answered, what was asked is done again, and the
-    /// kernel waits twice as long for what is new from then on.
+    /// kernel waits twice as long from then on, each time, up to an hour: for the answers to new requests, and for a new connection.
+    /// A disk that takes longer than both together has its requests fail.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = whole_seconds(timeout);
         self
