@@ -115,13 +115,16 @@ impl Detached {
                 null.try_clone().map_err(failed)?
             }
         };
-        let told = rustix::io::write(rustix::stdio::stdin(), &[1]);
-        told.map_err(io::Error::from).map_err(failed)?;
+        let first = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3);
+        let first = first.map_err(io::Error::from).map_err(failed)?;
         let given_up = rustix::stdio::dup2_stdin(null.as_fd())
             .and_then(|()| rustix::stdio::dup2_stdout(null.as_fd()))
             .and_then(|()| rustix::stdio::dup2_stderr(log.as_fd()));
         given_up.map_err(io::Error::from).map_err(failed)?;
         Told::name_lines();
+        // Last of all: after it nothing fails any more that the first should have told.
+        let told = rustix::io::write(&first, &[1]);
+        told.map_err(io::Error::from).map_err(failed)?;
         Ok(())
     }
 }
