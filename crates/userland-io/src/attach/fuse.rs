@@ -149,8 +149,8 @@ fn settle(device: &LoopDevice, geometry: &Geometry) -> io::Result<u64> {
         tracing::debug!(%error, "not set");
     }
     // Somebody may have told the kernel to leave flushes out, and it still does so with this file: what was synced there would
-    // not be on the disk.
-    if geometry.needs_flush() {
+    // not be on the disk. A device that takes no writes has nothing to flush, nor the attribute's other value.
+    if geometry.needs_flush() && !geometry.is_read_only() {
         device.set("write_cache", "write back")?;
     }
     device.size()

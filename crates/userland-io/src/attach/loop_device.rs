@@ -334,7 +334,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 20).unwrap();
         // Not root, or no loop devices here: nothing to see.
-        let Ok(device) = LoopDevice::over(file.as_file(), 512, true) else {
+        let Ok(device) = LoopDevice::over(file.as_file(), 512, false) else {
             return;
         };
         let other = LoopDevice {
@@ -351,6 +351,15 @@ mod tests {
         }
         other.remove().unwrap();
         assert!(device.is_there());
+        // Nor is what the kernel does not take told as set.
+        device.set("write_cache", "write back").unwrap();
+        for (attribute, value) in [("write_cache", "neither"), ("no such", "1")] {
+            let error = device.set(attribute, value).unwrap_err().to_string();
+            assert!(
+                error.contains(attribute) && error.contains(value),
+                "{error}"
+            );
+        }
         assert_eq!(device.size().unwrap(), 1 << 20);
         device.remove().unwrap();
         assert!(!device.is_there());
