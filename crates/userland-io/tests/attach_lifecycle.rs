@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -15,6 +15,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use userland_io::attach::{AttachError, Builder, DetachError, Listed, State, Via, list};
 use userland_io::engines::Memory;
+use userland_io::{Engine, Geometry, ReadBuf};
 
 #[path = "common/attach.rs"]
 mod attach;
@@ -53,6 +54,38 @@ async fn a_caller_on_one_thread_may_block_on_its_device() {
         })
         .unwrap();
     assert!(fs::read(disk.path()).unwrap() == bytes);
+    detach(disk).await;
+}
+
+/// A disk that is twice as long from its first read on.
+#[derive(Clone)]
+struct Growing(Arc<AtomicU64>);
+
+impl Engine for Growing {
+    fn geometry(&self) -> Geometry {
+        Geometry::read_only(self.0.load(Ordering::Relaxed))
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, _: u64) -> userland_io::Result {
+        self.0.store(2 * SIZE, Ordering::Relaxed);
+        buf.fill(0);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_grows_while_its_device_is_made_is_followed() {
+    let growing = Growing(Arc::new(AtomicU64::new(SIZE)));
+    let Some(disk) = attached(growing.clone()).await else {
+        return;
+    };
+    // The kernel's look for partitions is its first read.
+    if growing.geometry().size == SIZE {
+        need::guest("partitions");
+        return detach(disk).await;
+    }
+    if disk.size() != 2 * SIZE {
+        assert_eq!(resized(&disk, disk.size()).await, 2 * SIZE);
+    }
     detach(disk).await;
 }
 

@@ -8,6 +8,7 @@ mod driver;
 #[path = "common/need.rs"]
 mod need;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
@@ -254,6 +255,48 @@ async fn the_device_follows_the_disks_size() {
     }
     attached.detach().await.unwrap();
     disk.close().await.unwrap();
+}
+
+/// A memory that only reads and writes, as a first engine does.
+struct Plain(Memory);
+
+impl Engine for Plain {
+    fn geometry(&self) -> Geometry {
+        Geometry::writable(SIZE, CrashLevel::Flush)
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        self.0.read(buf, offset).await
+    }
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
+        self.0.write(buf, offset, flags).await
+    }
+    async fn flush(&self) -> Result {
+        Ok(())
+    }
+}
+
+/// Such a device gets an index that was not used before, which it chooses itself.
+#[tokio::test]
+async fn disks_without_zeroes_that_come_at_once_do_not_take_each_others_place() {
+    let Some(_turn) = turn().await else { return };
+    let coming: Vec<_> = (0..16)
+        .map(|_| {
+            tokio::spawn(async {
+                let disk = Device::open(Plain(Memory::new(SIZE))).await.unwrap();
+                builder(disk).queues(1).attach().await
+            })
+        })
+        .collect();
+    let mut all = Vec::new();
+    for attached in coming {
+        all.push(attached.await.unwrap().unwrap());
+    }
+    let paths: BTreeSet<_> = all.iter().map(|one| one.path().to_owned()).collect();
+    assert_eq!(paths.len(), all.len());
+    for attached in &mut all {
+        attached.detach().await.unwrap();
+    }
+    assert!(!paths.iter().any(|path| is_connected(path)));
 }
 
 #[tokio::test]
