@@ -34,7 +34,7 @@ async fn turn() -> MutexGuard<'static, ()> {
 struct Held {
     descriptors: usize,
     threads: usize,
-    /// Mounts of this process's devices, and what stands under `/run/ulio` about them.
+    /// Loop devices over this process's files, and what stands under `/run/ulio` about its devices.
     traces: Vec<String>,
 }
 
@@ -42,11 +42,15 @@ impl Held {
     fn now() -> Self {
         let count = |directory: &str| fs::read_dir(directory).unwrap().count();
         let mine = format!("{}-", std::process::id());
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let mounts = mounts
-            .lines()
-            .filter(|line| line.contains(&format!("/run/ulio/{mine}")));
-        let mut traces: Vec<String> = mounts.map(str::to_owned).collect();
+        let mut traces = Vec::new();
+        for entry in fs::read_dir("/sys/block").unwrap().flatten() {
+            let file = fs::read_to_string(entry.path().join("loop/backing_file"));
+            if let Ok(file) = file
+                && file.starts_with(&format!("/ulio-{mine}"))
+            {
+                traces.push(file);
+            }
+        }
         for entry in fs::read_dir("/run/ulio").into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with(&mine) {

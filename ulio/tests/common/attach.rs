@@ -102,10 +102,14 @@ pub(crate) fn remains(pid: u32, path: &Path) -> Vec<String> {
             left.push(entry.path().display().to_string());
         }
     }
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let places = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    let ours = places.filter(|at| at.strip_prefix("/run/ulio/").is_some_and(of_it));
-    left.extend(ours.map(|at| format!("a mount on {at}")));
+    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let file = fs::read_to_string(entry.path().join("loop/backing_file"));
+        if let Ok(file) = file
+            && file.strip_prefix("/ulio-").is_some_and(of_it)
+        {
+            left.push(format!("{} over {file}", entry.path().display()));
+        }
+    }
     if Path::new(&format!("/proc/{pid}")).exists() {
         left.push(format!("process {pid}"));
     }
