@@ -172,7 +172,11 @@ fn in_the_background_it_returns_when_it_is_ready_and_keeps_nothing() {
     }
     let ulio = Ulio::new();
     // This waits until nobody has the other end of its pipes any more.
-    let ran = ulio.run(&format!("attach --background --via {} memory:64M", via()));
+    let attach = format!("attach --background --via {} memory:64M", via());
+    let mut command = ulio.command(attach.split(' '));
+    // As one that such a process has started has it.
+    command.env("ULIO_IN_BACKGROUND", "1");
+    let ran = Ran::from(command.output().unwrap());
     let path = Path::new(ran.ok().trim_end());
     assert_eq!(ran.out.lines().count(), 1, "{ran:#?}");
     let told = listed(&ulio, path).unwrap();
@@ -357,6 +361,35 @@ fn an_export_of_a_server_is_attached_by_its_uri() {
     server.stop().ok();
     ulio.run(&format!("attach --via {} nbd+unix:///?socket=gone", via()))
         .fails(1, &["gone"]);
+}
+
+/// What was synced there would not be on the disk.
+#[test]
+fn a_loop_device_that_leaves_flushes_out_is_not_taken() {
+    if !has(&["unshare", "mount", "losetup"]) || !can_attach() {
+        return;
+    }
+    let ulio = Ulio::new();
+    // There is a free one, then, and each that there is looks so, and cannot be changed, in a mount namespace of the test's own.
+    run("losetup", ["--find"]);
+    ulio.write("cache", b"write through\n");
+    let script = "for at in /sys/block/loop*/queue/write_cache; do
+        mount --bind cache $at && mount -o remount,bind,ro $at || exit 9
+    done
+    exec \"$@\"";
+    let own = ulio.command(["attach", "--via", "fuse", "file:disk.img,size=1M"]);
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(own.get_program())
+        .args(own.get_args())
+        .current_dir(ulio.dir());
+    let ran = Ran::from(command.output().unwrap());
+    assert_eq!(ran.code, Some(1), "{ran:#?}");
+    assert!(
+        ran.err.contains("write_cache cannot be `write back`"),
+        "{ran:#?}"
+    );
 }
 
 #[test]

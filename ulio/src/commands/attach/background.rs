@@ -18,7 +18,8 @@ use crate::errors::Failure;
 use crate::output::{Told, note};
 use crate::signals::Signals;
 
-/// Says, in the environment, that a process is the one in the background.
+/// Says, in the environment, that the process with this socket as its standard input is the one in the background. So
+/// those that it starts, which inherit it, are not.
 const VARIABLE: &str = "ULIO_IN_BACKGROUND";
 /// Where the log goes: a write there never waits for a disk.
 const LOG: &str = "/dev/kmsg";
@@ -54,11 +55,16 @@ fn spawn() -> io::Result<(Child, tokio::net::UnixStream)> {
     }
     let child = command
         .args(arguments)
-        .env(VARIABLE, "1")
+        .env(VARIABLE, number(&its)?.to_string())
         .stdin(OwnedFd::from(its))
         .spawn()?;
     ours.set_nonblocking(true)?;
     Ok((child, tokio::net::UnixStream::from_std(ours)?))
+}
+
+/// What tells a socket from others that are open.
+fn number(socket: impl AsFd) -> io::Result<u64> {
+    Ok(rustix::fs::fstat(socket)?.st_ino)
 }
 
 fn terminate(child: &Child) {
@@ -92,7 +98,9 @@ pub(super) struct Detached(());
 impl Detached {
     /// This process, if it is that one. To be called first.
     pub(super) fn this() -> Result<Option<Self>, Failure> {
-        if std::env::var_os(VARIABLE).is_none() {
+        let named = std::env::var(VARIABLE).ok();
+        let named: Option<u64> = named.and_then(|number| number.parse().ok());
+        if named.is_none() || named != number(rustix::stdio::stdin()).ok() {
             return Ok(None);
         }
         // Away from the terminal, and what comes from it.
