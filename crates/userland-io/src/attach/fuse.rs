@@ -220,3 +220,32 @@ impl Running for Attached {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attach::Via;
+
+    #[test]
+    fn processes_of_the_same_number_have_names_of_their_own() {
+        let mut record = Record {
+            id: "7-0".to_owned(),
+            pid: 7,
+            started: 100,
+            via: Via::Fuse,
+            device: None,
+            size: 0,
+            read_only: false,
+            recoverable: false,
+            label: String::new(),
+            remains: Vec::new(),
+        };
+        let name = file_name(&record, 1);
+        assert_eq!(name, "ulio-7-0-64-0000000000000001");
+        assert_ne!(file_name(&record, 2), name);
+        record.started += 1;
+        assert_ne!(file_name(&record, 1), name);
+        // Nothing is looked for by the number alone.
+        remove_stale(&record).unwrap();
+    }
+}

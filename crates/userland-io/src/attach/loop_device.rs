@@ -8,7 +8,6 @@ use std::ffi::{c_int, c_ulong};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -183,7 +182,7 @@ impl LoopDevice {
 
     /// Its size in bytes.
     pub(super) fn size(&self) -> io::Result<u64> {
-        let device = self.open(0)?;
+        let device = self.open()?;
         let mut size = 0_u64;
         // SAFETY: the call writes a u64.
         unsafe { call(&device, BLKGETSIZE64, (&raw mut size).addr()) }?;
@@ -192,7 +191,7 @@ impl LoopDevice {
 
     /// Makes it as long as its file is now.
     pub(super) fn follow_file(&self) -> io::Result<()> {
-        let device = self.open(0)?;
+        let device = self.open()?;
         // Older kernels take the length that they know of, and this makes them ask for it.
         self.info(&device)?;
         // SAFETY: this call takes no argument.
@@ -269,7 +268,7 @@ impl LoopDevice {
 
     /// Takes back that it goes when it is closed.
     fn keep(&self) -> io::Result<()> {
-        let device = self.open(0)?;
+        let device = self.open()?;
         let mut info = self.info(&device)?;
         info.flags &= !LO_FLAGS_AUTOCLEAR;
         // SAFETY: the call reads a `loop_info64`, which `info` is laid out as.
@@ -285,9 +284,8 @@ impl LoopDevice {
     }
 
     /// Opens it. If it is gone, or another by now: see [`is_gone`].
-    fn open(&self, flags: c_int) -> io::Result<File> {
-        let mut options = OpenOptions::new();
-        let device = options.read(true).custom_flags(flags).open(self.path())?;
+    fn open(&self) -> io::Result<File> {
+        let device = File::open(self.path())?;
         // Asked again: while it is open here it does not become another.
         match self.is_there() {
             true => Ok(device),
@@ -342,7 +340,7 @@ mod tests {
             backing: "/another".to_owned(),
         };
         for done in [
-            other.open(libc::O_EXCL).map(drop),
+            other.open().map(drop),
             other.follow_file(),
             other.size().map(drop),
             other.keep(),
