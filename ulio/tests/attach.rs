@@ -243,6 +243,96 @@ fn another_process_detaches_it_unless_it_is_in_use() {
     assert_eq!(remains(pid, &path), Vec::<String>::new());
 }
 
+/// Its number there is another process's, or none.
+#[test]
+fn a_device_of_another_pid_namespace_is_not_stale() {
+    if !has(&["unshare"]) || !can_attach() {
+        return;
+    }
+    let ulio = Ulio::new();
+    let disk = Attached::new(&ulio, "memory:1M");
+    let elsewhere = |line: &str| {
+        let own = ulio.command(line.split(' '));
+        let mut command = Command::new("unshare");
+        command
+            .args(["--pid", "--fork", "--mount-proc", "--"])
+            .arg(own.get_program())
+            .args(own.get_args());
+        Ran::from(command.output().unwrap())
+    };
+    let path = disk.path.to_str().unwrap();
+    assert!(!elsewhere("list --stale").ok().contains(path));
+    assert!(elsewhere("list").ok().contains(path));
+    assert_eq!(listed(&ulio, &disk.path).unwrap()["state"], "running");
+    disk.stop();
+}
+
+/// Aborted under a mount it has ended, and cannot be taken away. What is left of it is not forgotten.
+#[test]
+fn what_an_aborted_device_leaves_is_on_record_until_it_is_removed() {
+    if via() != "fuse" || !has(&["mkfs.ext4", "mount", "losetup"]) || !can_attach() {
+        return;
+    }
+    let ulio = Ulio::new();
+    let disk = Attached::new(&ulio, "memory:16M");
+    let device = disk.path.to_str().unwrap();
+    run("mkfs.ext4", ["-q", device]);
+    let mounted = Mounted::new(&disk.path, ulio.path("mnt"));
+    let number = run("losetup", ["--noheadings", "--output=BACK-MAJ:MIN", device]);
+    let (_, minor) = number.trim().split_once(':').unwrap();
+    let control = Mounted::with(&["-t", "fusectl", "none"], ulio.path("fuse"));
+    let connection = control.path(minor);
+    fs::write(connection.join("abort"), "1").unwrap();
+    let (pid, path) = (disk.server.pid(), disk.path);
+    let ran = disk.server.wait();
+    assert_eq!(ran.code, Some(1), "{ran:#?}");
+    assert!(ran.err.contains("could not be removed"), "{ran:#?}");
+    assert_eq!(listed(&ulio, &path).unwrap()["state"], "stale");
+    let refused = ulio.run("detach --stale");
+    assert!(
+        refused.err.contains("is in use: mounted on"),
+        "{refused:#?}"
+    );
+    drop(mounted);
+    until("it can be removed", || {
+        ulio.run("detach --stale")
+            .out
+            .contains(path.to_str().unwrap())
+    });
+    assert_eq!(remains(pid, &path), Vec::<String>::new());
+}
+
+/// A device on record that is another's by now is none of ours, in use or not.
+#[test]
+fn what_another_has_made_in_its_place_is_not_in_the_way() {
+    if via() != "fuse" || !has(&["losetup"]) || !can_attach() {
+        return;
+    }
+    let ulio = Ulio::new();
+    let disk = Attached::new(&ulio, "memory:1M");
+    let (pid, path) = (disk.server.pid(), disk.path.clone());
+    disk.kill();
+    // As if its device had been removed by hand, and the number given to another since.
+    run("losetup", ["--detach", path.to_str().unwrap()]);
+    ulio.write("image", &[0; 1 << 20]);
+    let image = ulio.path("image");
+    let other = run("losetup", ["--find", "--show", image.to_str().unwrap()]);
+    let other = Path::new(other.trim_end());
+    let record = format!("/run/ulio/{pid}-0.device");
+    let text = fs::read_to_string(&record).unwrap();
+    let moved = text.replace(
+        &format!("device {}\n", path.display()),
+        &format!("device {}\n", other.display()),
+    );
+    fs::write(&record, moved).unwrap();
+    let claimed = claim(other);
+    let ran = ulio.run(&format!("detach {}", other.display()));
+    drop(claimed);
+    run("losetup", ["--detach", other.to_str().unwrap()]);
+    assert_eq!(ran.ok(), format!("{}\n", other.display()));
+    assert!(!Path::new(&record).exists());
+}
+
 #[test]
 fn a_failed_last_flush_is_told_to_whoever_ends_it() {
     if !can_attach() {

@@ -2,12 +2,18 @@
 //! are, and none is noticed late.
 #![cfg(all(feature = "attach", target_os = "linux"))]
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::timeout;
+use userland_io::attach::DetachError;
 use userland_io::engines::Memory;
 use userland_io::layers::Delay;
 use userland_io::transports::nbd::{Client, Server, Uri};
@@ -19,13 +25,15 @@ mod attach;
 mod clients;
 #[path = "common/need.rs"]
 mod need;
-use attach::{attached_as, detach, opened};
+use attach::{PATIENCE, attached_as, detach, is_free, opened};
 use clients::succeed;
 
 /// How long each request takes: long, so that what a busy machine adds is little beside it.
 const TIME: Duration = Duration::from_millis(100);
 /// How many requests the device has under way at most.
 const DEPTH: u16 = 64;
+/// linux/fs.h
+const BLKRRPART: u32 = 0x125f;
 /// A second in which something takes so long is a stall, not a machine that is busy with other things.
 const STALL: Duration = Duration::from_millis(950);
 /// How many seconds are measured at most. A machine that is busy with other things gets another.
@@ -65,6 +73,37 @@ impl<E: Engine> Filter for Counted<E> {
         self.now.fetch_sub(1, Ordering::SeqCst);
         result
     }
+}
+
+/// What looks for partitions has the device's lock while it reads, and whoever opens the device waits for it.
+#[tokio::test]
+async fn a_device_that_is_read_for_partitions_does_not_hang_when_it_is_detached() {
+    let slow = Memory::new(16 << 20).layer(Delay::all(TIME / 10)).unwrap();
+    let Some(mut disk) = attached_as(&opened(slow).await, |builder| builder).await else {
+        return;
+    };
+    let path = disk.path().to_owned();
+    let (tell, told) = mpsc::channel();
+    let reader = thread::spawn(move || {
+        // Once it is gone the number may be another's.
+        while !is_free(&path) {
+            let Ok(file) = File::open(&path) else { return };
+            // SAFETY: this call takes no argument. It fails while somebody has claimed the device.
+            if unsafe { libc::ioctl(file.as_raw_fd(), BLKRRPART as _) } == 0 {
+                let _ = tell.send(());
+            }
+        }
+    });
+    // The next look is under way at once.
+    told.recv_timeout(PATIENCE).unwrap();
+    let detaching = async {
+        while let Err(error) = disk.detach().await {
+            assert!(matches!(error, DetachError::InUse { .. }), "{error}");
+        }
+    };
+    timeout(PATIENCE, detaching).await.expect("it hangs");
+    reader.join().unwrap();
+    detach(disk).await;
 }
 
 #[tokio::test]

@@ -515,7 +515,8 @@ async fn stale_devices_fail_what_waits_for_them_when_they_are_removed() {
 async fn one_that_was_not_noted_yet_is_found() {
     let Some(_turn) = turn().await else { return };
     let before = devices();
-    let (mut child, _) = daemon();
+    let (mut child, path) = daemon();
+    let claimed = open(&path, libc::O_EXCL).unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
     // As if it had died as soon as the driver had the device.
@@ -534,6 +535,14 @@ async fn one_that_was_not_noted_yet_is_found() {
         .find(|listed| listed.pid() == child.id())
         .unwrap();
     assert_eq!(listed.path(), None);
+    // One in use stays, noted or not.
+    let refused = listed.detach();
+    assert!(
+        matches!(refused, Err(DetachError::InUse { .. })),
+        "{refused:?}"
+    );
+    assert!(is_connected(&path));
+    drop(claimed);
     listed.detach().unwrap();
     assert_eq!(devices(), before);
 }

@@ -177,8 +177,14 @@ pub(crate) struct Mounted(PathBuf);
 impl Mounted {
     #[track_caller]
     pub(crate) fn new(device: &Path, at: PathBuf) -> Self {
+        Self::with(&[device.to_str().unwrap()], at)
+    }
+
+    /// What mount(8) makes of `what`.
+    #[track_caller]
+    pub(crate) fn with(what: &[&str], at: PathBuf) -> Self {
         fs::create_dir_all(&at).unwrap();
-        run("mount", [device.to_str().unwrap(), at.to_str().unwrap()]);
+        run("mount", what.iter().copied().chain([at.to_str().unwrap()]));
         Mounted(at)
     }
 

@@ -4,6 +4,7 @@
 //! waits for the device in a system call: that is for `spawn_blocking`.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -232,6 +233,7 @@ async fn keep<E: Engine>(
     let Attached {
         view,
         record,
+        lock,
         running,
         listener,
         ..
@@ -249,6 +251,8 @@ async fn keep<E: Engine>(
         // What the kernel may have said before is this in other words.
         result = Err(DetachError::Disk(error));
     }
+    // What is on record now is stale.
+    drop(lock);
     let failed = result.as_ref().err().map(ToString::to_string);
     Farewell {
         asked: asked.map(|asked| (asked, result)),
@@ -277,7 +281,7 @@ async fn attach<E: Engine>(
             geometry.size
         )));
     }
-    let mut record = Record::create(&settings.label, geometry.is_read_only())?;
+    let (mut record, lock) = Record::create(&settings.label, geometry.is_read_only())?;
     let (passed_over, started) = way::start(&view, settings, &mut record).await;
     let Some((via, running)) = started else {
         let _ = record.remove();
@@ -285,7 +289,7 @@ async fn attach<E: Engine>(
     };
     // What could be resumed once can be again.
     record.recoverable = settings.recoverable || settings.resume.is_some();
-    publish(view, geometry, record, via, running, passed_over).await
+    publish(view, geometry, (record, lock), via, running, passed_over).await
 }
 
 /// Why the kernel does not talk to somebody's NBD server itself.
@@ -305,7 +309,7 @@ async fn hand_over(uri: &str, settings: &Settings) -> Result<Attached<Elsewhere>
     }
     kernel_nbd::probe(settings).map_err(NotHandedOver::PassedOver)?;
     let record = Record::create(&settings.label, settings.read_only);
-    let mut record = record.map_err(NotHandedOver::Failed)?;
+    let (mut record, lock) = record.map_err(NotHandedOver::Failed)?;
     record.via = Via::Nbd;
     let _ = record.save();
     let running = match kernel_nbd::hand_over(uri, settings, &mut record).await {
@@ -330,7 +334,7 @@ async fn hand_over(uri: &str, settings: &Settings) -> Result<Attached<Elsewhere>
         }
     };
     let seen = view.geometry();
-    let published = publish(view, seen, record, Via::Nbd, running, Vec::new()).await;
+    let published = publish(view, seen, (record, lock), Via::Nbd, running, Vec::new()).await;
     published.map_err(NotHandedOver::Failed)
 }
 
@@ -350,7 +354,7 @@ impl Engine for Elsewhere {
 async fn publish<E: Engine>(
     view: Device<E>,
     seen: Geometry,
-    mut record: Record,
+    (mut record, lock): (Record, File),
     via: Via,
     mut running: Box<dyn Running>,
     passed_over: Vec<PassedOver>,
@@ -381,6 +385,7 @@ async fn publish<E: Engine>(
         view,
         seen,
         record,
+        lock,
         running,
         listener,
         passed_over,
@@ -411,6 +416,8 @@ struct Attached<E> {
     /// As the disk was before the device was made: what changed since then is still to be followed.
     seen: Geometry,
     record: Record,
+    /// Kept until the end: see [`Record::is_alive`].
+    lock: File,
     running: Box<dyn Running>,
     listener: UnixListener,
     passed_over: Vec<PassedOver>,

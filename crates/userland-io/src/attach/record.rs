@@ -1,20 +1,23 @@
 //! What stands in `/run/ulio` about a device: a file of lines, written anew as a whole when it changes.
 //!
 //! Its name is `ID.device`, where the ID is the process's and a number; beside it may be `ID.sock`, where the
-//! process answers with its counters, and `ID/`, a directory of the way's own. The file is there before
-//! anything is made that would outlive the process.
+//! process answers with its counters, `ID.lock`, which it has locked for as long as it looks after the device, and `ID/`, a
+//! directory of the way's own. The file is there before anything is made that would outlive the process.
 
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{FlockOperation, flock};
 
 use super::{AttachError, Via, process};
 
 /// Where records are.
 pub(super) const DIRECTORY: &str = "/run/ulio";
 const SUFFIX: &str = "device";
+const LOCK: &str = "lock";
 /// More than a record can have.
 const LONGEST: u64 = 64 << 10;
 
@@ -38,8 +41,8 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Writes the first record of a new device of this process.
-    pub(super) fn create(label: &str, read_only: bool) -> Result<Self, AttachError> {
+    /// Writes the first record of a new device of this process. The file is the lock by which others see that it lives.
+    pub(super) fn create(label: &str, read_only: bool) -> Result<(Self, File), AttachError> {
         let failed = |path: &Path, error| AttachError::Record {
             path: path.to_owned(),
             error,
@@ -50,11 +53,16 @@ impl Record {
         made.map_err(|error| failed(directory, error))?;
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let pid = std::process::id();
+        let started = process::started(pid).ok_or_else(|| {
+            let stat = Path::new("/proc").join(pid.to_string()).join("stat");
+            let error = io::Error::other("it does not say when this process was started");
+            failed(&stat, error)
+        })?;
         loop {
             let record = Record {
                 id: format!("{pid}-{}", NEXT.fetch_add(1, Ordering::Relaxed)),
                 pid,
-                started: process::started(pid).unwrap_or(0),
+                started,
                 via: Via::Fuse,
                 device: None,
                 size: 0,
@@ -64,12 +72,31 @@ impl Record {
                 remains: Vec::new(),
             };
             // An ID that a process of the same number left behind is passed by.
-            match record.write(OpenOptions::new().create_new(true), &record.path(SUFFIX)) {
-                Ok(()) => return Ok(record),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(failed(&record.path(SUFFIX), error)),
+            let lock = match record.lock() {
+                Ok(lock) => lock,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                Err(error) => return Err(failed(&record.path(LOCK), error)),
+            };
+            let error =
+                match record.write(OpenOptions::new().create_new(true), &record.path(SUFFIX)) {
+                    Ok(()) => return Ok((record, lock)),
+                    Err(error) => error,
+                };
+            let _ = fs::remove_file(record.path(LOCK));
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                return Err(failed(&record.path(SUFFIX), error));
             }
         }
+    }
+
+    /// Makes and takes the lock that shows that this process lives.
+    fn lock(&self) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        // Nobody but root has anything to lock there.
+        let options = options.write(true).create_new(true).mode(0o600);
+        let file = options.open(self.path(LOCK))?;
+        flock(&file, FlockOperation::LockExclusive)?;
+        Ok(file)
     }
 
     /// Writes it anew.
@@ -109,9 +136,13 @@ impl Record {
         Ok(all)
     }
 
-    /// True if the process that wrote it lives.
+    /// True if the process that wrote it lives, and looks after the device. For root that is sure in every namespace: a
+    /// process has another number in each.
     pub(super) fn is_alive(&self) -> bool {
-        process::started(self.pid) == Some(self.started)
+        match File::open(self.path(LOCK)) {
+            Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockShared).is_err(),
+            Err(_) => process::started(self.pid) == Some(self.started),
+        }
     }
 
     /// Where the process answers with its counters.
@@ -135,6 +166,7 @@ impl Record {
         gone(fs::remove_file(self.socket()))?;
         gone(fs::remove_file(self.path("new")))?;
         gone(fs::remove_dir(self.directory()))?;
+        gone(fs::remove_file(self.path(LOCK)))?;
         gone(fs::remove_file(self.path(SUFFIX)))
     }
 
