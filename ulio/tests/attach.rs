@@ -249,6 +249,9 @@ fn a_device_of_another_pid_namespace_is_not_stale() {
     if !has(&["unshare"]) || !can_attach() {
         return;
     }
+    if !Path::new("/proc/self/ns/pid").exists() {
+        return need::impossible("this kernel has no namespaces of processes");
+    }
     let ulio = Ulio::new();
     let disk = Attached::new(&ulio, "memory:1M");
     let elsewhere = |line: &str| {
@@ -598,6 +601,32 @@ fn its_threads_write_back_for_others_and_its_memory_is_locked() {
         let score = fs::read_to_string(format!("{process}/oom_score_adj")).unwrap();
         assert_eq!(score, "-900\n");
     }
+    disk.stop();
+}
+
+/// Where the root is no mount, no copy can be made to follow: it would keep every mount in use.
+#[test]
+fn it_stays_in_a_mount_namespace_that_it_cannot_follow() {
+    if !has(&["unshare", "chroot", "mount"]) || !can_attach() {
+        return;
+    }
+    let ulio = Ulio::new();
+    // Up to the unshare it is the machine's own; what is mounted goes with the shell.
+    let script = r#"readlink /proc/$$/ns/mnt > own && mkdir -p root/all && mount --rbind / root/all && cd root \
+        && for name in bin dev etc lib lib64 proc run sbin sys usr; do ln -s all/$name $name; done \
+        && exec chroot . "/all$0" attach --via "$1" memory:1M"#;
+    let own = ulio.command([""]);
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c", script])
+        .arg(own.get_program())
+        .arg(via())
+        .current_dir(ulio.dir());
+    let disk = Attached::spawn(command);
+    disk.server.wait_for("the copy cannot be made to follow");
+    let own = fs::read_to_string(ulio.path("own")).unwrap();
+    let now = fs::read_link(format!("/proc/{}/ns/mnt", disk.server.pid()));
+    assert_eq!(now.unwrap(), Path::new(own.trim_end()));
     disk.stop();
 }
 
