@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use userland_io::attach::{AttachError, Attached, Builder, State, Via, list};
 use userland_io::stack::Registry;
+use userland_io::transports::ublk::{self, BlockDevice, Target};
 use userland_io::{AnyEngine, Device};
 
 #[path = "common/attach.rs"]
@@ -25,6 +27,8 @@ use clients::assert_same;
 const SIZE: u64 = 4 << 20;
 /// The file that a child serves.
 const FILE: &str = "ULIO_TEST_FILE";
+/// The device that a child resumes.
+const PATH: &str = "ULIO_TEST_PATH";
 
 async fn disk(file: &Path, size: u64) -> Device<AnyEngine> {
     let words = [format!("file:{},size={size}", file.display())];
@@ -110,6 +114,81 @@ async fn requests_under_way_are_done_by_the_next_process() {
             .iter()
             .all(|listed| listed.path() != Some(&path))
     );
+}
+
+#[tokio::test]
+async fn one_that_runs_out_of_descriptors_leaves_none_and_harms_none() {
+    if via() != Via::Ublk {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("disk");
+    let short = "child_that_is_short_of_descriptors";
+    let Some(mut adds) = Child::with(short, |command| command.env(FILE, &file)) else {
+        return;
+    };
+    adds.said("done");
+    let mut served = Child::with("child_that_serves_a_file", |command| {
+        command.env(FILE, &file)
+    })
+    .unwrap();
+    let path = served.said("attached");
+    served.kill();
+    let resumes = Child::with(short, |command| command.env(FILE, &file).env(PATH, &path));
+    resumes.unwrap().said("done");
+    // What is left is a record.
+    for listed in list().unwrap() {
+        if listed.path() == Some(Path::new(&path)) {
+            listed.detach().unwrap();
+        }
+    }
+}
+
+/// Makes a device, or resumes one, with ever more descriptors until it works: each failure is told, and none changes anything.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "another test's child process"]
+async fn child_that_is_short_of_descriptors() {
+    let resumed = std::env::var_os(PATH).map(PathBuf::from);
+    let device = disk(Path::new(&std::env::var_os(FILE).unwrap()), SIZE).await;
+    if let Err(error) = ublk::devices().await {
+        need::guest(&error.to_string());
+        return children::say("skipped", "");
+    }
+    let before = ublk::devices().await.unwrap();
+    let limits = getrlimit(Resource::Nofile);
+    // Descriptors that are free but not the last would be taken first.
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64;
+    let mut refusals = Vec::new();
+    let made: BlockDevice = loop {
+        let few = Rlimit {
+            current: Some(open + refusals.len() as u64),
+            ..limits
+        };
+        setrlimit(Resource::Nofile, few).unwrap();
+        let target = Target::new(device.clone())
+            .runtime(tokio::runtime::Handle::current())
+            .recoverable(true)
+            .queues(2);
+        let made = tokio::time::timeout(attach::PATIENCE, async {
+            match &resumed {
+                Some(path) => target.resume(path).await,
+                None => target.add().await,
+            }
+        });
+        let made = made.await.expect("it neither works nor fails");
+        setrlimit(Resource::Nofile, limits).unwrap();
+        match made {
+            Ok(block) => break block,
+            Err(error) => refusals.push(error.to_string()),
+        }
+        assert_eq!(ublk::devices().await.unwrap(), before, "{refusals:#?}");
+    };
+    let of_queues = |text: &&String| text.contains("a queue of the block device");
+    // Each queue takes two.
+    let of_queues = refusals.iter().filter(of_queues).count();
+    assert!(of_queues >= 2, "{refusals:#?}");
+    made.shutdown().await.unwrap();
+    children::say("done", "");
 }
 
 /// Threads that write and read back, and do not take an error.

@@ -72,15 +72,21 @@ impl Ring {
         })
     }
 
+    /// Makes the place in the ring for the file that [`register`](Self::register) brings.
+    pub(crate) fn make_room(&self) -> io::Result<()> {
+        self.uring.borrow().submitter().register_files_sparse(1)
+    }
+
     /// Gives the ring a copy of `file`, its only one: operations name it as `types::Fixed(0)`, which is cheaper than
     /// to look a descriptor up each time.
     #[cfg(feature = "ublk")]
     pub(crate) fn register(&self, file: impl AsFd) -> io::Result<()> {
         let descriptor = file.as_fd().as_raw_fd();
-        self.uring
-            .borrow()
-            .submitter()
-            .register_files(&[descriptor])
+        let uring = self.uring.borrow();
+        match uring.submitter().register_files_update(0, &[descriptor])? {
+            1 => Ok(()),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
     }
 
     /// Puts `entry` into the ring for `task`, and resolves to its result: what the call would return, or an errno

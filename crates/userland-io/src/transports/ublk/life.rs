@@ -21,7 +21,7 @@ use super::control::ControlDevice;
 use super::error::Error;
 use super::params;
 use super::queues::Queues;
-use super::recover::recover;
+use super::recover;
 use super::target::{block_device, block_path, claim, delete, forget_nodes, stop_unused};
 use crate::transports::node;
 use crate::{Device, Engine, Geometry};
@@ -315,17 +315,22 @@ impl<E: Engine> Life<E> {
         let (info, go) = match start {
             Start::Add(info) => (add(&mut control, &seen, info)?, Control::StartDev),
             Start::Resume(index) => (
-                recover(&mut control, &seen, index)?,
+                recover::examine(&mut control, &seen, index)?,
                 Control::EndUserRecovery,
             ),
         };
         let mut queues = Queues::default();
         let ended = to.clone();
         let started = queues
-            .start(&mut control, &device, &info, runtime.handle(), move || {
+            .ready(&mut control, &device, &info, runtime.handle(), move || {
                 // The device's thread may have ended before its queues did.
                 let _ = ended.send(Message::QueueEnded);
             })
+            .and_then(|()| match go {
+                Control::EndUserRecovery => recover::begin(&mut control, &info),
+                _ => Ok(()),
+            })
+            .and_then(|()| queues.start(info.index))
             .and_then(|()| {
                 let pid = u64::from(std::process::id());
                 let gone = control.tell(go, info.index, pid);
@@ -338,7 +343,12 @@ impl<E: Engine> Life<E> {
             match go {
                 // It goes on waiting for a process that can serve it.
                 Control::EndUserRecovery => queues.break_off(),
-                _ => take_down(&mut control, &mut queues, info.index, true, None)?,
+                // The driver may have the commands of some tags, and others come yet.
+                _ => {
+                    let stopped = stop(&mut control, info.index);
+                    queues.break_off();
+                    stopped.and(remove(&mut control, info.index, true))?;
+                }
             }
             return Err(error);
         }
@@ -524,8 +534,8 @@ fn add(
     Ok(info)
 }
 
-/// Stops and removes a device whose queues may run, or none of them. If it is `unused`, its index is free when this is done;
-/// else that would be to wait for those who have it open. If it is `claimed`, nobody else can come to use it before it is stopped.
+/// Stops and removes a device. If it is `unused`, its index is free when this is done; else that would be to wait for those
+/// who have it open. If it is `claimed`, nobody else can come to use it before it is stopped.
 fn take_down(
     control: &mut ControlDevice,
     queues: &mut Queues,
@@ -533,17 +543,24 @@ fn take_down(
     unused: bool,
     claimed: Option<File>,
 ) -> Result<(), Error> {
-    let mut taken = Ok(());
-    let stopped = control.tell(Control::StopDev, index, 0);
+    let stopped = stop(control, index);
     // It would keep the index taken.
     drop(claimed);
-    if let Err(error) = stopped
-        // Somebody else may have been faster.
-        && control.info(index).is_ok()
-    {
-        taken = Err(Error::command(Control::StopDev)(error));
-    }
     queues.end();
+    stopped.and(remove(control, index, unused))
+}
+
+/// Stops a device: the tasks of its tags end.
+fn stop(control: &mut ControlDevice, index: u32) -> Result<(), Error> {
+    match control.tell(Control::StopDev, index, 0) {
+        // Somebody else may have been faster.
+        Err(error) if control.info(index).is_ok() => Err(Error::command(Control::StopDev)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a device that is stopped.
+fn remove(control: &mut ControlDevice, index: u32, unused: bool) -> Result<(), Error> {
     let deleted = match unused {
         true => {
             let deleted = control.tell(Control::DelDev, index, 0);
@@ -552,10 +569,10 @@ fn take_down(
         }
         false => delete(control, index),
     };
-    if deleted.is_err() && control.info(index).is_ok() {
-        taken = taken.and(deleted);
+    match control.info(index) {
+        Ok(_) => deleted,
+        Err(_) => Ok(()),
     }
-    taken
 }
 
 /// Sends word of each new size of the disk.

@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 use super::abi::DeviceInfo;
 use super::control::ControlDevice;
 use super::error::Error;
+use super::memory::{Buffers, Descriptions};
 use super::serve::ServedQueue;
 use super::target::{char_device, char_path};
 use crate::queue::Queue;
@@ -25,21 +26,33 @@ use crate::{Device, Engine};
 const NODE: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_millis(1);
 
-/// The threads, and what stops them.
+/// The threads.
 #[derive(Default)]
 pub(super) struct Queues {
-    threads: Vec<JoinHandle<()>>,
-    stops: Vec<Stop>,
+    threads: Vec<Thread>,
+    /// Given up for the character device's, so that there is one for it.
+    spare: Option<File>,
+}
+
+/// The thread of a queue.
+struct Thread {
+    handle: JoinHandle<()>,
+    /// Ends it, whatever it does. It has one as soon as it is ready.
+    stop: Option<Stop>,
+    /// Takes the character device, once; closed without, the thread ends.
+    go: Option<mpsc::Sender<Arc<File>>>,
+    /// Tells that it is ready, and then that it serves.
+    told: mpsc::Receiver<io::Result<Stop>>,
 }
 
 /// What a queue's thread is made of.
 struct Setup<E: Engine> {
     device: Device<E>,
-    file: Arc<File>,
     info: DeviceInfo,
     index: u16,
     cpus: Option<CpuSet>,
     runtime: Handle,
+    file: mpsc::Receiver<Arc<File>>,
 }
 
 impl Queues {
@@ -48,9 +61,11 @@ impl Queues {
         self.threads.len()
     }
 
-    /// Starts a thread for each queue of the device, and answers when the driver has the commands of all tags. Each
+    /// Makes a thread for each queue of the device, and all that it needs but the character device. Each
     /// thread calls `ended` when it ends.
-    pub(super) fn start<E: Engine>(
+    ///
+    /// What can fail for want of memory or descriptors is here, before the driver knows of anything.
+    pub(super) fn ready<E: Engine>(
         &mut self,
         control: &mut ControlDevice,
         device: &Device<E>,
@@ -58,12 +73,11 @@ impl Queues {
         runtime: &Handle,
         ended: impl Fn() + Clone + Send + 'static,
     ) -> Result<(), Error> {
-        let file = Arc::new(open_node(info.index)?);
-        let (tell, told) = mpsc::channel();
-        for index in 0..info.queues {
+        let spawned = (0..info.queues).try_for_each(|index| {
+            let (tell, told) = mpsc::channel();
+            let (go, file) = mpsc::channel();
             let setup = Setup {
                 device: device.clone(),
-                file: file.clone(),
                 info: *info,
                 index,
                 cpus: control
@@ -71,37 +85,72 @@ impl Queues {
                     .ok()
                     .and_then(|bits| cpus(&bits)),
                 runtime: runtime.clone(),
+                file,
             };
-            let (tell, ended) = (tell.clone(), ended.clone());
-            let thread = thread::Builder::new()
+            let ended = ended.clone();
+            let handle = thread::Builder::new()
                 .name(format!("ublk{}-{index}", info.index))
                 .spawn(move || {
-                    let failed = tell.clone();
-                    if let Err(error) = run(setup, tell) {
+                    if let Err(error) = run(setup, &tell) {
                         tracing::error!(queue = index, %error, "a queue of a block device has failed");
                         // Only heard if it had not started.
-                        let _ = failed.send(Err(error));
+                        let _ = tell.send(Err(error));
                     }
                     ended();
                 })
                 .map_err(Error::io("a thread"))?;
-            self.threads.push(thread);
-        }
-        drop(tell);
-        for _ in 0..info.queues {
-            let stop = told
-                .recv()
-                .unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
-                .map_err(Error::io("a queue of the block device"))?;
-            self.stops.push(stop);
-        }
+            self.threads.push(Thread {
+                handle,
+                stop: None,
+                go: Some(go),
+                told,
+            });
+            Ok(())
+        });
+        let heard = self.hear();
+        spawned.and(heard)?;
+        self.spare = Some(File::open("/dev/null").map_err(Error::io("a descriptor"))?);
         Ok(())
+    }
+
+    /// Gives the character device of that index to the threads, which are ready, and answers when the driver has the commands
+    /// of all tags.
+    pub(super) fn start(&mut self, index: u32) -> Result<(), Error> {
+        self.spare = None;
+        let file = Arc::new(open_node(index)?);
+        for go in self
+            .threads
+            .iter_mut()
+            .filter_map(|thread| thread.go.take())
+        {
+            // One that has ended meanwhile is heard of below.
+            let _ = go.send(file.clone());
+        }
+        drop(file);
+        self.hear()
+    }
+
+    /// What each thread has to tell next, and the first error of theirs: all are heard, so that none is left that
+    /// could not be stopped.
+    fn hear(&mut self) -> Result<(), Error> {
+        let mut heard = Ok(());
+        for thread in &mut self.threads {
+            let told = thread.told.recv();
+            match told.unwrap_or_else(|_| Err(io::Error::other("the thread has panicked"))) {
+                Ok(stop) => thread.stop = Some(stop),
+                Err(error) => {
+                    heard = heard.and(Err(Error::io("a queue of the block device")(error)));
+                }
+            }
+        }
+        heard
     }
 
     /// Waits for the threads, which end when the driver has stopped the device.
     pub(super) fn end(&mut self) {
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
+        for Thread { handle, go, .. } in self.threads.drain(..) {
+            drop(go);
+            if handle.join().is_err() {
                 tracing::error!("the thread of a queue has panicked");
             }
         }
@@ -109,20 +158,24 @@ impl Queues {
 
     /// Ends the threads, whatever they do. To the driver it is as if the process had died.
     pub(super) fn break_off(&mut self) {
-        self.stops.iter().for_each(Stop::stop);
+        let stops = self
+            .threads
+            .iter()
+            .filter_map(|thread| thread.stop.as_ref());
+        stops.for_each(Stop::stop);
         self.end();
     }
 }
 
 /// A queue's thread.
-fn run<E: Engine>(setup: Setup<E>, tell: mpsc::Sender<io::Result<Stop>>) -> io::Result<()> {
+fn run<E: Engine>(setup: Setup<E>, tell: &mpsc::Sender<io::Result<Stop>>) -> io::Result<()> {
     let Setup {
         device,
-        file,
         info,
         index,
         cpus,
         runtime,
+        file,
     } = setup;
     if let Some(cpus) = cpus
         && let Err(error) = sched_setaffinity(None, &cpus)
@@ -130,11 +183,21 @@ fn run<E: Engine>(setup: Setup<E>, tell: mpsc::Sender<io::Result<Stop>>) -> io::
         tracing::debug!(%error, "a queue's thread runs anywhere");
     }
     let executor = Executor::new(info.depth.into())?;
-    let stop = executor.stopper();
+    let ring = executor.ring();
+    ring.make_room()?;
     let max = info.max_transfer as usize;
-    let served = ServedQueue::new(device, &file, index, info.depth, max, &executor)?;
+    let buffers = Buffers::new(info.depth, max, ring.clone())?;
+    let stop = executor.stopper();
+    // Whoever does not hear it has closed the other channel as well.
+    let _ = tell.send(Ok(stop.clone()));
+    let Ok(file) = file.recv() else {
+        return Ok(());
+    };
+    ring.register(&file)?;
+    let descriptions = Descriptions::map(&file, index, info.depth)?;
     drop(file);
-    let served = Rc::new(served);
+    let served = Rc::new(ServedQueue::new(device, index, descriptions, buffers, ring));
+    // Each tag once: its task alone may use its buffer.
     let tasks = (0..info.depth)
         .map(|tag| served.clone().serve(tag))
         .collect();
@@ -145,7 +208,6 @@ fn run<E: Engine>(setup: Setup<E>, tell: mpsc::Sender<io::Result<Stop>>) -> io::
     let started = |running| {
         let all = running == usize::from(info.depth);
         let refused = || io::Error::other("the driver refused a command");
-        // Not heard if another queue has failed before.
         let _ = tell.send(all.then_some(stop).ok_or_else(refused));
     };
     executor.run_queue(queue, &runtime, tasks, started)

@@ -16,8 +16,8 @@ const DYING: Duration = Duration::from_secs(5);
 const ALIVE: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_millis(1);
 
-/// Readies the device of that index for new queues, if it is one that `geometry`'s disk can serve. Answers what it is.
-pub(super) fn recover(
+/// What the device of that index is, if `geometry`'s disk can serve it.
+pub(super) fn examine(
     control: &mut ControlDevice,
     geometry: &Geometry,
     index: u32,
@@ -41,10 +41,16 @@ pub(super) fn recover(
     if let Some(difference) = difference(&was, &is) {
         return Err(Error::Mismatch { index, difference });
     }
+    Ok(info)
+}
+
+/// Readies the device for new queues, which are to start at once: drivers of some kernels let nobody begin a second time.
+pub(super) fn begin(control: &mut ControlDevice, info: &DeviceInfo) -> Result<(), Error> {
+    let index = info.index;
     let begun = Instant::now();
     loop {
         match control.tell(Control::StartUserRecovery, index, 0) {
-            Ok(()) => break,
+            Ok(()) => return Ok(()),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 let pid = info.pid;
                 if is_alive(pid) && begun.elapsed() > ALIVE {
@@ -58,7 +64,6 @@ pub(super) fn recover(
             Err(error) => return Err(Error::command(Control::StartUserRecovery)(error)),
         }
     }
-    Ok(info)
 }
 
 /// What of the kernel's idea of a disk would be wrong of this one. Wishes (`io_min` and the like) may differ.

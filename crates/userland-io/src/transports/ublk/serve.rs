@@ -1,6 +1,5 @@
 //! Serving the requests of one queue: for each tag a task, from the first request to the device's end.
 
-use std::fs::File;
 use std::io;
 use std::rc::Rc;
 
@@ -8,7 +7,7 @@ use io_uring::{opcode, types};
 
 use super::abi::{self, Description, Operation};
 use super::memory::{Buffers, Descriptions};
-use crate::uring::{Executor, Ring};
+use crate::uring::Ring;
 use crate::{Device, Engine, Error, ErrorKind, ReadBuf, Result, WriteBuf, WriteFlags, errno};
 
 /// One queue, on its thread.
@@ -21,27 +20,24 @@ pub(super) struct ServedQueue<E> {
 }
 
 impl<E: Engine> ServedQueue<E> {
-    /// Queue `index` of the character device `file`, with `depth` tags of up to `max_transfer` bytes.
+    /// Queue `index`, whose ring has the character device.
     pub(super) fn new(
         device: Device<E>,
-        file: &File,
         index: u16,
-        depth: u16,
-        max_transfer: usize,
-        executor: &Executor,
-    ) -> io::Result<Self> {
-        let ring = executor.ring();
-        ring.register(file)?;
-        Ok(ServedQueue {
+        descriptions: Descriptions,
+        buffers: Buffers,
+        ring: Rc<Ring>,
+    ) -> Self {
+        ServedQueue {
             device,
             index,
-            descriptions: Descriptions::map(file, index, depth)?,
-            buffers: Buffers::new(depth, max_transfer, ring.clone())?,
+            descriptions,
+            buffers,
             ring,
-        })
+        }
     }
 
-    /// Serves `tag` until the device stops.
+    /// Serves `tag` until the device stops. To be called once for each tag: a second task of it would use the same buffer.
     pub(super) async fn serve(self: Rc<Self>, tag: u16) {
         let (mut command, mut answer) = (abi::FETCH, 0);
         loop {
@@ -85,8 +81,8 @@ impl<E: Engine> ServedQueue<E> {
         flags.set(WriteFlags::FUA, request.fua());
         match operation {
             Operation::Read | Operation::Write => {
-                // SAFETY: the tag's command has ended and the next is given when this returns; no other slice of the
-                // buffer is made meanwhile.
+                // SAFETY: the tag's command has ended and the next is given when this returns. No other slice of the buffer
+                // is made meanwhile: that is done here alone, and each tag has one task (`queues::run`).
                 let memory = unsafe { self.buffers.slice(tag, len as usize) };
                 let memory = memory.ok_or(ErrorKind::Invalid)?;
                 match operation {
