@@ -139,8 +139,10 @@ impl Ring {
                 .enter::<libc::sigset_t>(submit, wait.into(), flags, None)
         };
         match entered.map_err(|error| error.raw_os_error()) {
-            // Interrupted, or too much unread: what there is, is read below.
-            Ok(_) | Err(Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
+            // Interrupted: what there is, is read below.
+            Ok(_) | Err(Some(libc::EINTR)) => {}
+            // Too much unread, or no memory for now: others may have to run before that changes.
+            Err(Some(libc::EBUSY | libc::EAGAIN)) => std::thread::yield_now(),
             Err(errno) => return Err(io::Error::from_raw_os_error(errno.unwrap_or(libc::EIO))),
         }
         events.extend(uring.completion().filter_map(|entry| self.event(&entry)));

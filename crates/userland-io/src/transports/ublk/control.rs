@@ -167,6 +167,8 @@ impl ControlDevice {
             && self.broken
         {
             tracing::error!(%error, "io_uring failed on {PATH}");
+            // The command may be under way, or still be in the ring: the memory is the kernel's for ever. The ring itself is not used
+            // again, and what it shares with us the kernel keeps until its commands have ended.
             std::mem::forget(std::mem::replace(&mut self.memory, Box::new([0; BUFFER])));
         }
         done?;

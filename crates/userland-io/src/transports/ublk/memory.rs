@@ -53,8 +53,10 @@ impl Descriptions {
     pub(super) fn get(&self, tag: u16) -> Description {
         assert!(tag < self.depth, "tag {tag} of {}", self.depth);
         let at = usize::from(tag) * DESCRIPTION_LEN;
-        // SAFETY: inside the mapping, which has `depth` descriptions, by the line above. Volatile, because the
-        // driver writes there; bytes are valid whatever it wrote.
+        // SAFETY: inside the mapping, which has `depth` descriptions, by the line above. The driver wrote this one before it
+        // ended the tag's command, and writes the next after we give it one. Reading that end from the ring (an acquire of
+        // its tail) orders the bytes before this read, and giving the command (a release) after it. Volatile, because no
+        // code of this process writes there; bytes are valid whatever the driver wrote.
         let bytes = unsafe {
             self.memory
                 .as_ptr()
@@ -137,7 +139,10 @@ impl Buffers {
     /// # Safety
     /// Nobody else may use that buffer while the slice is: it is between the end of the tag's command and the
     /// next, and this is the only slice.
-    #[allow(clippy::mut_from_ref)]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "the bytes are not part of `self`, and each tag's are handed out once at a time by the caller's word"
+    )]
     pub(super) unsafe fn slice(&self, tag: u16, len: usize) -> Option<&mut [u8]> {
         let memory = self.address(tag);
         // SAFETY: `each` bytes from there are the tag's, initialized by the kernel, and by the caller's word ours alone.
