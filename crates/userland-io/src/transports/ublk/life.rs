@@ -10,6 +10,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
 use tokio::runtime::{Handle, Runtime};
@@ -20,11 +21,16 @@ use super::abi::{Control, DeviceInfo, Flags};
 use super::control::ControlDevice;
 use super::error::Error;
 use super::params;
+use super::places::{block_device, block_path};
 use super::queues::Queues;
 use super::recover;
-use super::target::{block_device, block_path, claim, delete, forget_nodes, stop_unused};
+use super::target::{claim, delete, stop_unused};
 use crate::transports::node;
 use crate::{Device, Engine, Geometry};
+
+/// How long the index of a device that nobody uses may take to be free.
+const CLOSING: Duration = Duration::from_secs(2);
+const STEP: Duration = Duration::from_millis(1);
 
 /// A kernel block device that this process serves; see [`Target`](super::Target).
 ///
@@ -534,8 +540,7 @@ fn add(
     Ok(info)
 }
 
-/// Stops and removes a device. If it is `unused`, its index is free when this is done; else that would be to wait for those
-/// who have it open. If it is `claimed`, nobody else can come to use it before it is stopped.
+/// Stops and [removes](remove) a device. If it is `claimed`, nobody else can come to use it before it is stopped.
 fn take_down(
     control: &mut ControlDevice,
     queues: &mut Queues,
@@ -559,20 +564,26 @@ fn stop(control: &mut ControlDevice, index: u32) -> Result<(), Error> {
     }
 }
 
-/// Removes a device that is stopped.
+/// Removes a device that is stopped. If it is `unused`, its index is free when this is done, unless somebody who did not
+/// claim it has it open after all.
 fn remove(control: &mut ControlDevice, index: u32, unused: bool) -> Result<(), Error> {
-    let deleted = match unused {
-        true => {
-            let deleted = control.tell(Control::DelDev, index, 0);
-            forget_nodes(index);
-            deleted.map_err(Error::command(Control::DelDev))
+    let deleted = delete(control, index);
+    let until = Instant::now() + CLOSING;
+    // Somebody else may have removed it.
+    while control.info(index).is_ok() {
+        if deleted.is_err() || !unused {
+            return deleted;
         }
-        false => delete(control, index),
-    };
-    match control.info(index) {
-        Ok(_) => deleted,
-        Err(_) => Ok(()),
+        if Instant::now() >= until {
+            tracing::warn!(
+                index,
+                "a block device is stopped, and its index is taken until those close it who have it open still"
+            );
+            break;
+        }
+        thread::sleep(STEP);
     }
+    Ok(())
 }
 
 /// Sends word of each new size of the disk.

@@ -26,6 +26,7 @@ mod error;
 mod life;
 mod memory;
 mod params;
+mod places;
 mod queues;
 mod recover;
 mod serve;
@@ -33,6 +34,8 @@ mod target;
 
 pub use error::Error;
 pub use life::BlockDevice;
+#[cfg(feature = "attach")]
+pub(crate) use places::identity;
 pub use target::{Info, State, Target, devices, remove};
 #[cfg(feature = "attach")]
-pub(crate) use target::{available, identity, remove_unused};
+pub(crate) use target::{available, remove_unused};

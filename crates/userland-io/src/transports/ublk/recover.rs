@@ -7,7 +7,7 @@ use super::abi::{Attributes, Control, DeviceInfo, Flags, Params};
 use super::control::ControlDevice;
 use super::error::Error;
 use super::params;
-use super::target::{block_path, is_alive};
+use super::places::{block_path, is_alive};
 use crate::Geometry;
 
 /// How long the driver may take to notice that a process has died.
