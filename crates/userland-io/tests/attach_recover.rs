@@ -30,6 +30,9 @@ const FILE: &str = "ULIO_TEST_FILE";
 /// The device that a child resumes.
 const PATH: &str = "ULIO_TEST_PATH";
 
+/// Tests take turns: which devices there are is looked at, and which index is free.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 async fn disk(file: &Path, size: u64) -> Device<AnyEngine> {
     let words = [format!("file:{},size={size}", file.display())];
     let engine = Registry::builtin().open_args(&words).await.unwrap();
@@ -70,6 +73,7 @@ async fn requests_under_way_are_done_by_the_next_process() {
     if via() != Via::Ublk {
         return;
     }
+    let _turn = TURN.lock().await;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("disk");
     let Some(mut child) = Child::with("child_that_serves_a_file", |command| {
@@ -117,10 +121,74 @@ async fn requests_under_way_are_done_by_the_next_process() {
 }
 
 #[tokio::test]
+async fn another_device_in_its_place_is_left_alone() {
+    if via() != Via::Ublk {
+        return;
+    }
+    let _turn = TURN.lock().await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("disk");
+    let Some(mut child) = Child::with("child_that_serves_a_file", |command| {
+        command.env(FILE, &file)
+    }) else {
+        return;
+    };
+    let path = PathBuf::from(child.said("attached"));
+    child.kill();
+    let index = index_of(&path);
+    ublk::remove(index).await.unwrap();
+    let others = directory.path().join("another");
+    let mut another = Child::with("child_that_is_another_program", |command| {
+        command.env(FILE, &others).env(PATH, &path)
+    })
+    .unwrap();
+    assert_eq!(another.said("serves"), path.to_str().unwrap());
+    another.kill();
+
+    let all = list().unwrap();
+    let gone = all.iter().find(|listed| listed.pid() == child.id());
+    let gone = gone.unwrap();
+    assert_eq!(gone.state(), State::Stale);
+    let refused = resumed(&file, SIZE, &path).await.unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("is not the device that is on record"),
+        "{refused}"
+    );
+    gone.detach().unwrap();
+    let left = ublk::devices().await.unwrap();
+    let left = left.iter().find(|info| info.index == index).unwrap();
+    assert_eq!(left.state, ublk::State::Waiting);
+    // Whoever asks for that one has it.
+    let taken = resumed(&others, SIZE, &path).await.unwrap();
+    detach(taken).await;
+}
+
+/// Serves a file by a device that is nowhere on record.
+#[tokio::test]
+#[ignore = "another test's child process"]
+async fn child_that_is_another_program() {
+    let device = disk(Path::new(&std::env::var_os(FILE).unwrap()), SIZE).await;
+    let index = index_of(Path::new(&std::env::var_os(PATH).unwrap()));
+    let target = Target::new(device).recoverable(true).index(index);
+    let block = target.add().await.unwrap();
+    children::say("serves", block.path().display());
+    std::future::pending::<()>().await;
+}
+
+/// N of `/dev/ublkbN`.
+fn index_of(path: &Path) -> u32 {
+    let name = path.to_str().unwrap().strip_prefix("/dev/ublkb");
+    name.unwrap().parse().unwrap()
+}
+
+#[tokio::test]
 async fn one_that_runs_out_of_descriptors_leaves_none_and_harms_none() {
     if via() != Via::Ublk {
         return;
     }
+    let _turn = TURN.lock().await;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("disk");
     let short = "child_that_is_short_of_descriptors";

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::holders::holders_besides;
 use super::record::Record;
-use super::{DetachError, Via, kernel_nbd, way};
+use super::{DetachError, Via, kernel_nbd, ublk, way};
 use crate::Op;
 
 /// How long a daemon may take to tell its counters.
@@ -51,7 +51,7 @@ pub fn list() -> io::Result<Vec<Listed>> {
         state: match (record.is_alive(), &record.device) {
             (true, Some(_)) => State::Running,
             (true, None) => State::Starting,
-            (false, Some(device)) if record.recoverable && device.exists() => State::Waiting,
+            (false, Some(_)) if record.recoverable && ublk::is_there(&record) => State::Waiting,
             (false, _) => State::Stale,
         },
         record,

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
+use super::Via;
 use super::module;
 use super::record::Record;
 use super::way::{self, Pending, Running, Settings, Undone};
@@ -48,7 +49,12 @@ pub(super) async fn start<E: Engine>(
         target = target.depth(depth);
     }
     let started = match &settings.resume {
-        Some(path) => target.resume(path).await,
+        Some(path) => {
+            if let Some(identity) = on_record(path) {
+                target = target.known_as(identity);
+            }
+            target.resume(path).await
+        }
         None => target.add().await,
     };
     let block = started.map_err(|error| io::Error::other(words(error)))?;
@@ -59,15 +65,37 @@ pub(super) async fn start<E: Engine>(
     }))
 }
 
+/// True as long as the device of `record` is there, and not another in its place.
+pub(super) fn is_there(record: &Record) -> bool {
+    noted(record).is_some_and(|(index, identity)| ublk::identity(index) == Some(identity))
+}
+
+/// What the device at `path` has to be, if it is on record.
+fn on_record(path: &Path) -> Option<u64> {
+    // A link may lead there.
+    let path = path.canonicalize().ok()?;
+    let all = Record::all().unwrap_or_default();
+    let of_it: Vec<&Record> = all
+        .iter()
+        .filter(|record| record.via == Via::Ublk && record.device.as_ref() == Some(&path))
+        .collect();
+    // Earlier devices of this path may be on record as well.
+    let record = of_it.iter().find(|record| is_there(record));
+    let (_, identity) = noted(record.or(of_it.first())?)?;
+    Some(identity)
+}
+
+/// The index and the identity of a device that was noted.
+fn noted(record: &Record) -> Option<(u32, u64)> {
+    let index = record.remains(INDEX)?.parse().ok()?;
+    let identity = record.remains(IDENTITY)?.parse().ok()?;
+    Some((index, identity))
+}
+
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
-    let number = |key| record.remains(key).and_then(|value| value.parse().ok());
-    // Without them it died before there was a device.
-    let (Some(index), Some(identity)) = (number(INDEX), number(IDENTITY)) else {
-        return Ok(());
-    };
-    match u32::try_from(index) {
-        Ok(index) => ublk::remove_unused(index, identity).map_err(system),
-        Err(_) => Ok(()),
+    match noted(record) {
+        Some((index, identity)) => ublk::remove_unused(index, identity).map_err(system),
+        None => Ok(()),
     }
 }
 

@@ -174,8 +174,8 @@ pub(super) struct Order<E: Engine> {
 pub(super) enum Start {
     /// A new device, as this says.
     Add(DeviceInfo),
-    /// The one of this index, whose process has died.
-    Resume(u32),
+    /// The one of this index, whose process has died, if that is the one that has this identity.
+    Resume { index: u32, known_as: Option<u64> },
 }
 
 type Answer = oneshot::Sender<Result<(), Error>>;
@@ -320,8 +320,8 @@ impl<E: Engine> Life<E> {
         let seen = device.geometry();
         let (info, go) = match start {
             Start::Add(info) => (add(&mut control, &seen, info)?, Control::StartDev),
-            Start::Resume(index) => (
-                recover::examine(&mut control, &seen, index)?,
+            Start::Resume { index, known_as } => (
+                recover::examine(&mut control, &seen, index, known_as)?,
                 Control::EndUserRecovery,
             ),
         };

@@ -7,7 +7,7 @@ use super::abi::{Attributes, Control, DeviceInfo, Flags, Params};
 use super::control::ControlDevice;
 use super::error::Error;
 use super::params;
-use super::places::{block_path, is_alive};
+use super::places::{block_path, identity, is_alive};
 use crate::Geometry;
 
 /// How long the driver may take to notice that a process has died.
@@ -16,13 +16,20 @@ const DYING: Duration = Duration::from_secs(5);
 const ALIVE: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_millis(1);
 
-/// What the device of that index is, if `geometry`'s disk can serve it.
+/// What the device of that index is, if it is the one that is known as this, and `geometry`'s disk can serve it.
 pub(super) fn examine(
     control: &mut ControlDevice,
     geometry: &Geometry,
     index: u32,
+    known_as: Option<u64>,
 ) -> Result<DeviceInfo, Error> {
     let path = || block_path(index).display().to_string();
+    if known_as.is_some() && identity(index) != known_as {
+        return Err(Error::Unsuitable(format!(
+            "{} is not the device that is on record, which is gone: `ulio detach --stale` removes the record",
+            path()
+        )));
+    }
     let info = control.info(index).map_err(|_| Error::NotFound(path()))?;
     if !info
         .flags

@@ -31,6 +31,8 @@ pub struct Target<E: Engine> {
     max_transfer: u32,
     index: Option<u32>,
     recoverable: bool,
+    /// What the device to be resumed has to be: see [`identity`](super::places::identity).
+    known_as: Option<u64>,
     follows: bool,
     runtime: Option<tokio::runtime::Handle>,
 }
@@ -53,6 +55,7 @@ impl<E: Engine> Target<E> {
             max_transfer: 512 << 10,
             index: None,
             recoverable: false,
+            known_as: None,
             follows: true,
             runtime: None,
         }
@@ -105,6 +108,13 @@ impl<E: Engine> Target<E> {
         self
     }
 
+    /// What is resumed must be the device that `identity` named, not another that has its index now.
+    #[cfg(feature = "attach")]
+    pub(crate) fn known_as(mut self, identity: u64) -> Self {
+        self.known_as = Some(identity);
+        self
+    }
+
     /// Makes the block device. It is there, and answers, when this resolves.
     ///
     /// # Errors
@@ -139,7 +149,8 @@ impl<E: Engine> Target<E> {
     pub async fn resume(self, path: impl AsRef<Path>) -> Result<BlockDevice, Error> {
         self.survives_kill()?;
         let index = index_of(path.as_ref())?;
-        self.start(Start::Resume(index)).await
+        let known_as = self.known_as;
+        self.start(Start::Resume { index, known_as }).await
     }
 
     async fn start(self, start: Start) -> Result<BlockDevice, Error> {
