@@ -157,9 +157,7 @@ async fn another_device_in_its_place_is_left_alone() {
         "{refused}"
     );
     gone.detach().unwrap();
-    let left = ublk::devices().await.unwrap();
-    let left = left.iter().find(|info| info.index == index).unwrap();
-    assert_eq!(left.state, ublk::State::Waiting);
+    waits(index).await;
     // Whoever asks for that one has it.
     let taken = resumed(&others, SIZE, &path).await.unwrap();
     detach(taken).await;
@@ -175,6 +173,58 @@ async fn child_that_is_another_program() {
     let block = target.add().await.unwrap();
     children::say("serves", block.path().display());
     std::future::pending::<()>().await;
+}
+
+#[tokio::test]
+async fn one_that_was_not_noted_yet_is_found() {
+    if via() != Via::Ublk {
+        return;
+    }
+    let _turn = TURN.lock().await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("disk");
+    let Some(mut child) = Child::with("child_that_serves_a_file", |command| {
+        command.env(FILE, &file)
+    }) else {
+        return;
+    };
+    let path = PathBuf::from(child.said("attached"));
+    child.kill();
+    // As if it had died as soon as the driver had the device.
+    let record = format!("/run/ulio/{}-0.device", child.id());
+    let text = std::fs::read_to_string(&record).unwrap();
+    let early = |line: &&str| !line.starts_with("way-") && !line.starts_with("device ");
+    let text: Vec<&str> = text.lines().filter(early).collect();
+    let text = text
+        .join("\n")
+        .replace("recoverable true", "recoverable false");
+    std::fs::write(&record, text).unwrap();
+    let all = list().unwrap();
+    let left = all.iter().find(|listed| listed.pid() == child.id());
+    let left = left.unwrap();
+    assert_eq!((left.state(), left.path()), (State::Stale, None));
+    left.detach().unwrap();
+    let index = index_of(&path);
+    until("the device is gone", || {
+        !Path::new(&format!("/sys/class/ublk-char/ublkc{index}")).exists()
+    });
+    assert!(!Path::new(&record).exists());
+}
+
+/// Until the driver has seen that the device's process is dead.
+async fn waits(index: u32) {
+    tokio::time::timeout(attach::PATIENCE, async {
+        loop {
+            let all = ublk::devices().await.unwrap();
+            let of_it = all.iter().find(|info| info.index == index);
+            match of_it.expect("the device is gone").state {
+                ublk::State::Waiting => return,
+                _ => tokio::task::yield_now().await,
+            }
+        }
+    })
+    .await
+    .expect("it does not wait for a process");
 }
 
 /// N of `/dev/ublkbN`.
@@ -202,6 +252,7 @@ async fn one_that_runs_out_of_descriptors_leaves_none_and_harms_none() {
     .unwrap();
     let path = served.said("attached");
     served.kill();
+    waits(index_of(Path::new(&path))).await;
     let resumes = Child::with(short, |command| command.env(FILE, &file).env(PATH, &path));
     resumes.unwrap().said("done");
     // What is left is a record.

@@ -38,7 +38,7 @@ pub(super) async fn start<E: Engine>(
     record: &Record,
 ) -> io::Result<Box<dyn Running>> {
     let mut target = Target::new(device)
-        .identifier(identifier(record))
+        .identifier(record.identifier())
         .runtime(Handle::current());
     if let Some(queues) = settings.queues {
         target = target.connections(queues);
@@ -61,7 +61,7 @@ pub(super) async fn hand_over(
     record: &mut Record,
 ) -> Result<Box<dyn Running>, Error> {
     let mut remote = Remote::new(uri)
-        .identifier(identifier(record))
+        .identifier(record.identifier())
         .read_only(settings.read_only);
     if let Some(queues) = settings.queues {
         remote = remote.connections(queues);
@@ -75,14 +75,9 @@ pub(super) async fn hand_over(
     Ok(Box::new(Connected { block, server }))
 }
 
-/// What the driver knows the device by.
-fn identifier(record: &Record) -> String {
-    format!("userland-io {} {}", record.id, record.started)
-}
-
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
     let number = |key| record.remains(key).and_then(|value| value.parse().ok());
-    let identifier = identifier(record);
+    let identifier = record.identifier();
     let device = match (number(INDEX), number(THREAD)) {
         (Some(index), Some(thread)) => Some(Identity {
             index,

@@ -145,6 +145,11 @@ impl Record {
         }
     }
 
+    /// What drivers are told a device is that this is the record of: no other record, living or dead, has the same.
+    pub(super) fn identifier(&self) -> String {
+        format!("userland-io {} {}", self.id, self.started)
+    }
+
     /// Where the process answers with its counters.
     pub(super) fn socket(&self) -> PathBuf {
         self.path("sock")

@@ -36,11 +36,12 @@ pub(super) fn probe(_: &Settings) -> Result<(), String> {
 pub(super) async fn start<E: Engine>(
     device: Device<E>,
     settings: &Settings,
-    _: &Record,
+    record: &Record,
 ) -> io::Result<Box<dyn Running>> {
     let mut target = Target::new(device)
         .recoverable(settings.recoverable)
         .resized_when_asked()
+        .tag(tag(record))
         .runtime(Handle::current());
     if let Some(queues) = settings.queues {
         target = target.queues(queues);
@@ -93,10 +94,23 @@ fn noted(record: &Record) -> Option<(u32, u64)> {
 }
 
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
-    match noted(record) {
+    let device = match noted(record) {
+        Some(device) => Some(device),
+        // It died before it could note where.
+        None if Path::new(CONTROL).exists() => ublk::tagged(tag(record)).map_err(system)?,
+        None => None,
+    };
+    match device {
         Some((index, identity)) => ublk::remove_unused(index, identity).map_err(system),
         None => Ok(()),
     }
+}
+
+/// What the driver keeps with the device: a hash of the record's identifier, which is too long. FNV-1a, since each build has to
+/// come to the same.
+fn tag(record: &Record) -> u64 {
+    let add = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    record.identifier().bytes().fold(0xcbf2_9ce4_8422_2325, add)
 }
 
 /// A device, and its path for those who borrow it.

@@ -118,6 +118,8 @@ pub(super) struct DeviceInfo {
     pub(super) index: u32,
     pub(super) pid: i32,
     pub(super) flags: Flags,
+    /// `ublksrv_flags`: the driver keeps it, and does not look at it.
+    pub(super) tag: u64,
 }
 
 impl DeviceInfo {
@@ -136,6 +138,7 @@ impl DeviceInfo {
         put(&mut bytes, 12, self.index.to_ne_bytes());
         put(&mut bytes, 16, self.pid.to_ne_bytes());
         put(&mut bytes, 24, self.flags.bits().to_ne_bytes());
+        put(&mut bytes, 32, self.tag.to_ne_bytes());
         bytes
     }
 
@@ -148,6 +151,7 @@ impl DeviceInfo {
             index: u32::from_ne_bytes(get(bytes, 12)),
             pid: i32::from_ne_bytes(get(bytes, 16)),
             flags: Flags::from_bits_retain(u64::from_ne_bytes(get(bytes, 24))),
+            tag: u64::from_ne_bytes(get(bytes, 32)),
         }
     }
 }
@@ -352,6 +356,7 @@ mod tests {
             index: 7,
             pid: -1,
             flags: Flags::USER_RECOVERY | Flags::from_bits_retain(1 << 40),
+            tag: u64::MAX - 1,
         };
         assert_eq!(DeviceInfo::decode(&info.encode()), info);
         let params = Params {

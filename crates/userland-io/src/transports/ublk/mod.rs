@@ -38,4 +38,4 @@ pub use life::BlockDevice;
 pub(crate) use places::identity;
 pub use target::{Info, State, Target, devices, remove};
 #[cfg(feature = "attach")]
-pub(crate) use target::{available, remove_unused};
+pub(crate) use target::{available, remove_unused, tagged};

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use crate::transports::node;
 
+/// The character devices in sysfs.
+pub(super) const CHAR_DEVICES: &str = "/sys/class/ublk-char";
+
 /// Takes away the nodes of a device that is gone, where nobody else does.
 pub(super) fn forget_nodes(index: u32) {
     let nodes = [
@@ -50,7 +53,7 @@ pub(super) fn char_path(index: u32) -> PathBuf {
 
 /// Its directory in sysfs, while it is there.
 pub(super) fn char_device(index: u32) -> PathBuf {
-    PathBuf::from(format!("/sys/class/ublk-char/ublkc{index}"))
+    PathBuf::from(format!("{CHAR_DEVICES}/ublkc{index}"))
 }
 
 /// What tells a device from a later one of the same index: the number of its directory in sysfs, which is

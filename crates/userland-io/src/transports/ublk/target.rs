@@ -11,7 +11,7 @@ use super::error::Error;
 use super::life::{BlockDevice, Order, Start};
 #[cfg(feature = "attach")]
 use super::places::identity;
-use super::places::{block_path, forget_nodes, is_alive};
+use super::places::{CHAR_DEVICES, block_path, forget_nodes, is_alive};
 use crate::{Device, Engine, Features};
 
 /// A disk that is to be a block device: how it is to be served.
@@ -33,6 +33,7 @@ pub struct Target<E: Engine> {
     recoverable: bool,
     /// What the device to be resumed has to be: see [`identity`](super::places::identity).
     known_as: Option<u64>,
+    tag: u64,
     follows: bool,
     runtime: Option<tokio::runtime::Handle>,
 }
@@ -56,6 +57,7 @@ impl<E: Engine> Target<E> {
             index: None,
             recoverable: false,
             known_as: None,
+            tag: 0,
             follows: true,
             runtime: None,
         }
@@ -108,6 +110,13 @@ impl<E: Engine> Target<E> {
         self
     }
 
+    /// By which [`tagged`] finds a new device, also if this process dies before it knows the index.
+    #[cfg(feature = "attach")]
+    pub(crate) fn tag(mut self, tag: u64) -> Self {
+        self.tag = tag;
+        self
+    }
+
     /// What is resumed must be the device that `identity` named, not another that has its index now.
     #[cfg(feature = "attach")]
     pub(crate) fn known_as(mut self, identity: u64) -> Self {
@@ -135,6 +144,7 @@ impl<E: Engine> Target<E> {
                 true => Flags::USER_RECOVERY | Flags::USER_RECOVERY_REISSUE,
                 false => Flags::empty(),
             },
+            tag: self.tag,
         };
         self.start(Start::Add(info)).await
     }
@@ -240,19 +250,38 @@ impl Info {
 pub async fn devices() -> Result<Vec<Info>, Error> {
     blocking(|| {
         let mut control = ControlDevice::open()?;
-        let mut indices: Vec<u32> = std::fs::read_dir("/sys/class/ublk-char")
-            .map_err(Error::io("/sys/class/ublk-char"))?
-            .filter_map(|entry| {
-                let name = entry.ok()?.file_name();
-                name.to_str()?.strip_prefix("ublkc")?.parse().ok()
-            })
-            .collect();
-        indices.sort_unstable();
         // One that is gone by now is not there.
-        let infos = indices.iter().filter_map(|&index| control.info(index).ok());
+        let infos = indices()?
+            .into_iter()
+            .filter_map(|index| control.info(index).ok());
         Ok(infos.map(Info::from).collect())
     })
     .await
+}
+
+/// The indices of all devices, in order.
+fn indices() -> Result<Vec<u32>, Error> {
+    let mut indices: Vec<u32> = std::fs::read_dir(CHAR_DEVICES)
+        .map_err(Error::io(CHAR_DEVICES))?
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name();
+            name.to_str()?.strip_prefix("ublkc")?.parse().ok()
+        })
+        .collect();
+    indices.sort_unstable();
+    Ok(indices)
+}
+
+/// The index and the [`identity`] of the device that was made with this [tag](Target::tag). Blocks for a moment.
+#[cfg(feature = "attach")]
+pub(crate) fn tagged(tag: u64) -> Result<Option<(u32, u64)>, Error> {
+    let mut control = ControlDevice::open()?;
+    Ok(indices()?.into_iter().find_map(|index| {
+        // Before it is asked for its tag: another with the index would have another identity.
+        let identity = identity(index)?;
+        let info = control.info(index).ok()?;
+        (info.tag == tag).then_some((index, identity))
+    }))
 }
 
 /// Takes a device away, whoever made it: for what a process left behind that is gone. Requests to it fail.
