@@ -12,6 +12,7 @@ use super::life::{BlockDevice, Order, Start};
 #[cfg(feature = "attach")]
 use super::places::identity;
 use super::places::{CHAR_DEVICES, block_path, forget_nodes, is_alive};
+use crate::transports::node;
 use crate::{Device, Engine, Features};
 
 /// A disk that is to be a block device: how it is to be served.
