@@ -6,9 +6,11 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use tempfile::TempDir;
@@ -434,6 +436,46 @@ async fn somebody_else_may_unmount_it() {
     rustix::mount::unmount(disk.path(), rustix::mount::UnmountFlags::empty()).unwrap();
     disk.mounted.ended().await;
     disk.unmount().await;
+}
+
+/// What a killed process of our own left is taken away; this may be mounted anew by its owner.
+#[tokio::test]
+async fn a_dead_mount_of_another_program_stays() {
+    if need::program("nbdfuse").is_none() || need::program("nbdkit").is_none() {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return need::impossible("only root can clean up for sure");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    File::create(&path).unwrap();
+    let mut other = Command::new("nbdfuse");
+    other
+        .arg(&path)
+        .args(["--command", "nbdkit", "-s", "memory", "1M"]);
+    let mut other = other.spawn().unwrap();
+    let is_mounted = || fs::metadata(&path).is_ok_and(|file| file.len() == MIB);
+    while !is_mounted() {
+        assert!(other.try_wait().unwrap().is_none(), "nbdfuse has ended");
+        thread::sleep(Duration::from_millis(5));
+    }
+    other.kill().unwrap();
+    other.wait().unwrap();
+    // The kernel remembers for a second what it was told of the file.
+    let is_dead =
+        || fs::metadata(&path).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN));
+    while !is_dead() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let device = Device::open(Memory::new(MIB)).await.unwrap();
+    let refused = fuse::File::new(device.clone()).mount(&path).await;
+    let is_there = is_dead();
+    rustix::mount::unmount(&path, rustix::mount::UnmountFlags::DETACH).unwrap();
+    let error = refused.map(drop).unwrap_err().to_string();
+    assert!(error.contains("of another program"), "{error}");
+    assert!(is_there);
+    device.close().await.unwrap();
 }
 
 #[tokio::test]
