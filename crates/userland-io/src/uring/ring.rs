@@ -73,6 +73,7 @@ impl Ring {
     }
 
     /// Makes the place in the ring for the file that [`register`](Self::register) brings.
+    #[cfg(feature = "ublk")]
     pub(crate) fn make_room(&self) -> io::Result<()> {
         self.uring.borrow().submitter().register_files_sparse(1)
     }
