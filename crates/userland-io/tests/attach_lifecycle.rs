@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -26,7 +27,8 @@ mod clients;
 #[path = "common/need.rs"]
 mod need;
 use attach::{
-    Aligned, attached, attached_as, detach, direct, is_free, open, opened, resized, until, via,
+    Aligned, PATIENCE, attached, attached_as, detach, direct, is_free, open, opened, resized,
+    until, via,
 };
 use children::Child;
 
@@ -164,15 +166,14 @@ async fn child_without_files() {
 /// Whoever has claimed a device, and could use it, can use it until they let go.
 #[tokio::test]
 async fn nobody_can_come_between_the_look_and_the_end() {
-    let mut claims = 0;
     for _ in 0..10 {
         let Some(mut disk) = attached(Memory::new(SIZE)).await else {
             return;
         };
         let is_over = Arc::new(AtomicBool::new(false));
         let (path, over) = (disk.path().to_owned(), is_over.clone());
+        let (tell, told) = mpsc::channel();
         let user = thread::spawn(move || {
-            let mut claims = 0;
             while !over.load(Ordering::Relaxed) {
                 thread::sleep(Duration::from_micros(500));
                 if is_free(&path) {
@@ -187,18 +188,17 @@ async fn nobody_can_come_between_the_look_and_the_end() {
                     for _ in 0..5 {
                         claim.read_exact_at(&mut block, 0).unwrap();
                     }
-                    claims += 1;
+                    let _ = tell.send(());
                 }
             }
-            claims
         });
+        told.recv_timeout(PATIENCE).unwrap();
         while let Err(error) = disk.detach().await {
             assert!(matches!(error, DetachError::InUse { .. }), "{error}");
         }
         is_over.store(true, Ordering::Relaxed);
-        claims += user.join().unwrap();
+        user.join().unwrap();
     }
-    assert!(claims > 0);
 }
 
 #[tokio::test]
