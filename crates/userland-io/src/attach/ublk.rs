@@ -94,14 +94,16 @@ fn noted(record: &Record) -> Option<(u32, u64)> {
 }
 
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
-    let device = match noted(record) {
-        Some(device) => Some(device),
+    let noted = noted(record);
+    let device = match noted {
         // It died before it could note where.
         None if Path::new(CONTROL).exists() => ublk::tagged(tag(record)).map_err(system)?,
-        None => None,
+        noted => noted,
     };
     match device {
-        Some((index, identity)) => ublk::remove_unused(index, identity).map_err(system),
+        Some((index, identity)) => {
+            ublk::remove_unused(index, identity, noted.is_some()).map_err(system)
+        }
         None => Ok(()),
     }
 }

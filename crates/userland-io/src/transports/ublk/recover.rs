@@ -11,10 +11,10 @@ use super::places::{block_path, identity, is_alive};
 use crate::Geometry;
 
 /// How long the driver may take to notice that a process has died.
-const DYING: Duration = Duration::from_secs(5);
+pub(super) const DYING: Duration = Duration::from_secs(5);
 /// How long a process that seems to live may take to die: its end may have begun just now.
 const ALIVE: Duration = Duration::from_secs(1);
-const STEP: Duration = Duration::from_millis(1);
+pub(super) const STEP: Duration = Duration::from_millis(1);
 
 /// What the device of that index is, if it is the one that is known as this, and `geometry`'s disk can serve it.
 pub(super) fn examine(

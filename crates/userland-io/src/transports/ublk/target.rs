@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
@@ -12,6 +13,7 @@ use super::life::{BlockDevice, Order, Start};
 #[cfg(feature = "attach")]
 use super::places::identity;
 use super::places::{CHAR_DEVICES, block_path, forget_nodes, is_alive};
+use super::recover::{DYING, STEP};
 use crate::transports::node;
 use crate::{Device, Engine, Features};
 
@@ -292,13 +294,8 @@ pub(crate) fn tagged(tag: u64) -> Result<Option<(u32, u64)>, Error> {
 pub async fn remove(index: u32) -> Result<(), Error> {
     blocking(move || {
         let mut control = ControlDevice::open()?;
-        let info = control
-            .info(index)
-            .map_err(|_| Error::NotFound(block_path(index).display().to_string()))?;
-        if info.state == DeviceInfo::LIVE && is_alive(info.pid) {
-            let pid = info.pid;
-            return Err(Error::Served { index, pid });
-        }
+        left(&mut control, index)?
+            .ok_or_else(|| Error::NotFound(block_path(index).display().to_string()))?;
         control
             .tell(Control::StopDev, index, 0)
             .map_err(Error::command(Control::StopDev))?;
@@ -313,29 +310,47 @@ pub(crate) fn available() -> Result<(), Error> {
     ControlDevice::open().map(drop)
 }
 
-/// As [`remove`], but blocks, takes away none but the device that [`identity`] names, and none that is open.
+/// As [`remove`], but blocks, takes away none but the device that [`identity`] names, and none that is open if anybody was
+/// `told` of it. Else there are but those who look at each new device, and they wait for the answers of a process that
+/// is dead: the kernel, for partitions, with a lock in hand that it takes to see who has the device open.
 #[cfg(feature = "attach")]
-pub(crate) fn remove_unused(index: u32, named: u64) -> Result<(), Error> {
+pub(crate) fn remove_unused(index: u32, named: u64, told: bool) -> Result<(), Error> {
     if identity(index) != Some(named) {
         // It is gone; another may have the index now.
         return Ok(());
     }
     let mut control = ControlDevice::open()?;
-    let Ok(info) = control.info(index) else {
+    let Some(info) = left(&mut control, index)? else {
         return Ok(());
     };
-    if info.state == DeviceInfo::LIVE && is_alive(info.pid) {
-        let pid = info.pid;
-        return Err(Error::Served { index, pid });
-    }
     if info.state != DeviceInfo::DEAD {
         // Nobody is there to take what is not yet written.
-        let claimed = stop_unused(&mut control, index, None)?;
+        let claimed = match told {
+            true => stop_unused(&mut control, index, None)?,
+            false => None,
+        };
         let stopped = control.tell(Control::StopDev, index, 0);
         drop(claimed);
         stopped.map_err(Error::command(Control::StopDev))?;
     }
     delete(&mut control, index)
+}
+
+/// A device whose process is gone, if it is there at all, once the driver has seen that: to be stopped while it is
+/// at it brings the drivers of some kernels to a standstill.
+fn left(control: &mut ControlDevice, index: u32) -> Result<Option<DeviceInfo>, Error> {
+    let until = Instant::now() + DYING;
+    loop {
+        match control.info(index) {
+            Err(_) => return Ok(None),
+            Ok(info) if info.state != DeviceInfo::LIVE => return Ok(Some(info)),
+            Ok(DeviceInfo { pid, .. }) if is_alive(pid) => {
+                return Err(Error::Served { index, pid });
+            }
+            Ok(info) if Instant::now() >= until => return Ok(Some(info)),
+            Ok(_) => std::thread::sleep(STEP),
+        }
+    }
 }
 
 /// Stops a device if nobody has it open. Where the driver cannot do that in one, it is claimed, unless it is already, and the
