@@ -99,6 +99,8 @@ pub mod stack;
 pub mod transports;
 
 pub use any::AnyEngine;
+#[cfg(all(feature = "attach", target_os = "linux"))]
+pub use attach::attach;
 pub use blocking::{Blocking, BlockingEngine};
 pub use buf::{AlignedBuf, ReadBuf, Segment, WriteBuf};
 pub use checked::Checked;

@@ -1,7 +1,7 @@
 //! A device under `/dev` in one call, by the best way that the running kernel has. Linux only, as root.
 //!
 //! ```no_run
-//! use userland_io::{Device, Engine, attach::attach};
+//! use userland_io::{Device, Engine, attach};
 //!
 //! async fn example<E: Engine>(disk: Device<E>) -> Result<(), Box<dyn std::error::Error>> {
 //!     let mut attached = attach(disk).await?;

@@ -86,6 +86,7 @@ fn file_entry() -> Entry {
                 Kind::Choice(&["auto", "threads", "uring"]),
                 "what waits for the disk: threads, or an io_uring ring (Linux)",
             )
+            .example("threads")
             .default("auto"),
         )
         .key(
