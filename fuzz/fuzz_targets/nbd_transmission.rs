@@ -17,7 +17,7 @@ use tokio::runtime::{Builder, Runtime};
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::limits::{Environment, Limits, Shutdown};
 use userland_io::transports::nbd::session::{ContextKind, MetaContext, ReplyMode, Session};
-use userland_io::transports::nbd::transmission::{self, Budget};
+use userland_io::transports::nbd::transmission::{self, Budget, Chairs};
 use userland_io::transports::nbd::wire::*;
 use userland_io::{Device, Engine, Extents, Geometry, ReadBuf, Result, WriteBuf, WriteFlags};
 
@@ -94,6 +94,7 @@ fn serve(session: Session, bytes: Vec<u8>, piece: usize) -> std::io::Result<Vec<
     let environment = Environment {
         limits: Arc::new(limits),
         budget,
+        chairs: Chairs::default(),
         shutdown,
     };
     let (stream, output) = Recorded::new(bytes, piece);
