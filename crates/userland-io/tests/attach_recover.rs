@@ -3,11 +3,14 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use userland_io::attach::{AttachError, Attached, Builder, State, Via, list};
+use userland_io::attach::{
+    AttachError, Attached, Builder, DetachError, Holder, Listed, State, Via, list,
+};
 use userland_io::stack::Registry;
 use userland_io::transports::ublk::{self, BlockDevice, Target};
 use userland_io::{AnyEngine, Device};
@@ -27,6 +30,8 @@ use clients::assert_same;
 const SIZE: u64 = 4 << 20;
 /// The file that a child serves.
 const FILE: &str = "ULIO_TEST_FILE";
+/// A layer over that file.
+const LAYER: &str = "ULIO_TEST_LAYER";
 /// The device that a child resumes.
 const PATH: &str = "ULIO_TEST_PATH";
 
@@ -34,7 +39,8 @@ const PATH: &str = "ULIO_TEST_PATH";
 static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 async fn disk(file: &Path, size: u64) -> Device<AnyEngine> {
-    let words = [format!("file:{},size={size}", file.display())];
+    let mut words = vec![format!("file:{},size={size}", file.display())];
+    words.extend(std::env::var(LAYER));
     let engine = Registry::builtin().open_args(&words).await.unwrap();
     Device::open(engine).await.unwrap()
 }
@@ -209,6 +215,114 @@ async fn one_that_was_not_noted_yet_is_found() {
         !Path::new(&format!("/sys/class/ublk-char/ublkc{index}")).exists()
     });
     assert!(!Path::new(&record).exists());
+}
+
+/// A process that has died as soon as its device was told of, while the kernel looked for partitions, with the device's
+/// lock in hand: its path. `None` once the skip is told.
+async fn killed_in_the_scan(file: &Path) -> Option<(Child, PathBuf)> {
+    let serve = |command: &mut Command| {
+        command.env(FILE, file).env(LAYER, "delay:read=1h");
+    };
+    let mut child = Child::with("child_that_serves_a_file", |command| {
+        serve(command);
+        command
+    })?;
+    let path = PathBuf::from(child.said("attached"));
+    let index = index_of(&path);
+    until("the kernel reads", || {
+        let inflight = attach::told(&path, "inflight");
+        !inflight.trim_start().starts_with('0')
+    });
+    child.kill();
+    waits(index).await;
+    Some((child, path))
+}
+
+/// What is on record of a dead process, once it is detached, which may not take long.
+async fn detached(listed: Listed) -> Result<(), DetachError> {
+    let detach = tokio::task::spawn_blocking(move || listed.detach());
+    let detached = tokio::time::timeout(attach::PATIENCE, detach).await;
+    detached.expect("detach hangs").unwrap()
+}
+
+fn left_by(child: &Child) -> Listed {
+    let mut all = list().unwrap().into_iter();
+    all.find(|listed| listed.pid() == child.id()).unwrap()
+}
+
+#[tokio::test]
+async fn one_killed_while_the_kernel_looks_for_partitions_can_be_detached() {
+    if via() != Via::Ublk || looks_before_it_is_ready() {
+        return;
+    }
+    let _turn = TURN.lock().await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("disk");
+    let Some((child, path)) = killed_in_the_scan(&file).await else {
+        return;
+    };
+    let left = left_by(&child);
+    assert_eq!(left.state(), State::Waiting);
+    detached(left).await.unwrap();
+    until("the device is gone", || !path.exists());
+    assert!(
+        list()
+            .unwrap()
+            .iter()
+            .all(|listed| listed.pid() != child.id())
+    );
+}
+
+#[tokio::test]
+async fn one_that_somebody_waits_to_open_is_in_use() {
+    if via() != Via::Ublk || looks_before_it_is_ready() {
+        return;
+    }
+    let _turn = TURN.lock().await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("disk");
+    let Some((child, path)) = killed_in_the_scan(&file).await else {
+        return;
+    };
+    let opener = thread::spawn({
+        let path = path.clone();
+        move || direct(&path)
+    });
+    let refused = |result: Result<(), DetachError>| {
+        let Err(DetachError::InUse { holders, .. }) = result else {
+            panic!("{result:?}");
+        };
+        let own = std::process::id();
+        assert!(
+            matches!(&holders[..], [Holder::Waiting { pid, .. }] if *pid == own),
+            "{holders:?}"
+        );
+    };
+    let opens = || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        let mut stacks = tasks.map(|task| std::fs::read_to_string(task.path().join("stack")));
+        stacks.any(|stack| stack.unwrap_or_default().contains("bdev_open"))
+    };
+    until("somebody waits to open it", opens);
+    refused(detached(left_by(&child)).await);
+    // Nothing has come of it: the next process serves whoever waited.
+    let second = resumed(&file, SIZE, &path).await.unwrap();
+    let opened = opener.join().unwrap();
+    let mut block = Aligned::new(4096);
+    opened.read_exact_at(&mut block, 0).unwrap();
+    drop(opened);
+    detach(second).await;
+}
+
+/// True where the driver looks for partitions before the device is ready, so that nobody is told of one where it has not: before
+/// Linux 7.0.
+fn looks_before_it_is_ready() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let major = release
+        .split('.')
+        .next()
+        .and_then(|major| major.parse().ok());
+    major.is_some_and(|major: u32| major < 7)
 }
 
 /// Until the driver has seen that the device's process is dead.

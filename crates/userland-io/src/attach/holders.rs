@@ -6,6 +6,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use crate::transports::node;
 
@@ -31,6 +33,14 @@ pub enum Holder {
         /// What it is called.
         name: String,
     },
+    /// A process waits in the kernel to open or close a disk, which may be this one. Meanwhile nobody is told who else has
+    /// that one open.
+    Waiting {
+        /// Its number.
+        pid: u32,
+        /// What it is called.
+        name: String,
+    },
 }
 
 impl fmt::Display for Holder {
@@ -47,6 +57,12 @@ impl fmt::Display for Holder {
             Holder::Swap => f.write_str("used as swap"),
             Holder::Device(name) => write!(f, "part of /dev/{name}"),
             Holder::Process { pid, name } => write!(f, "open in process {pid} ({name})"),
+            Holder::Waiting { pid, name } => {
+                write!(
+                    f,
+                    "perhaps, by process {pid} ({name}), which waits to open or close a disk"
+                )
+            }
         }
     }
 }
@@ -94,12 +110,78 @@ pub(super) fn holders_besides(path: &Path, daemon: Option<u32>) -> io::Result<Ve
             to.is_ok_and(|to| family.nodes.contains(&to))
         });
         if has {
-            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            let name = name.trim_end().to_owned();
+            let name = name_of(pid);
             found.push(Holder::Process { pid, name });
         }
     }
     Ok(found)
+}
+
+fn name_of(pid: u32) -> String {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    name.trim_end().to_owned()
+}
+
+/// How often, and at what distance, those are looked at that wait: who soon goes on waits for another disk.
+const LOOKS: u32 = 4;
+const STEP: Duration = Duration::from_millis(50);
+
+/// Processes that have waited for a moment to open or close a disk. One that opens it does not have it yet, and one
+/// that closes it, which may have a lot to write, has it no longer among its files.
+pub(super) fn waiting() -> Vec<Holder> {
+    let mut found: Vec<u32> = processes().collect();
+    for look in 0..LOOKS {
+        found.retain(|pid| waits(*pid));
+        if found.is_empty() {
+            return Vec::new();
+        }
+        if look + 1 < LOOKS {
+            thread::sleep(STEP);
+        }
+    }
+    let waiting = found.into_iter().map(|pid| Holder::Waiting {
+        pid,
+        name: name_of(pid),
+    });
+    waiting.collect()
+}
+
+/// The kernel's functions that open and close block devices, of which a stack has one: of 5.x, and of 6.8 and later.
+const OPEN_OR_CLOSE: [&str; 7] = [
+    " blkdev_get",
+    " blkdev_put",
+    " blkdev_open",
+    " blkdev_close",
+    " blkdev_release",
+    " bdev_open",
+    " bdev_release",
+];
+/// A thread of the kernel's own (`PF_KTHREAD` of proc_pid_stat(5)'s flags).
+const KERNEL_THREAD: u64 = 0x20_0000;
+
+/// True if a thread of the process waits, where no signal gets it out, in the opening or closing of a block device. Where the
+/// kernel does not show stacks: if it waits so for anything.
+fn waits(pid: u32) -> bool {
+    let tasks = format!("/proc/{pid}/task");
+    names(Path::new(&tasks)).iter().any(|task| {
+        let read = |name| fs::read_to_string(format!("{tasks}/{task}/{name}"));
+        let stat = read("stat").unwrap_or_default();
+        // The state follows the name, which may have anything in it; the flags are the seventh from there.
+        let mut fields = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_ascii_whitespace();
+        let waits = fields.next() == Some("D");
+        let flags: u64 = fields
+            .nth(5)
+            .and_then(|flags| flags.parse().ok())
+            .unwrap_or(0);
+        waits && flags & KERNEL_THREAD == 0 && {
+            let stack = read("stack").unwrap_or_default();
+            stack.is_empty() || OPEN_OR_CLOSE.iter().any(|name| stack.contains(name))
+        }
+    })
 }
 
 /// A device and its partitions.

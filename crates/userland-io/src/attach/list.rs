@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::holders::holders_besides;
+use super::holders::{holders_besides, waiting};
 use super::record::Record;
 use super::{DetachError, Via, kernel_nbd, ublk, way};
 use crate::Op;
@@ -223,9 +223,15 @@ impl Listed {
             path: device.clone(),
             error,
         };
-        let in_use = || DetachError::InUse {
-            path: device.clone(),
-            holders: self.holders().unwrap_or_default(),
+        let in_use = || {
+            let mut holders = self.holders().unwrap_or_default();
+            if holders.is_empty() && self.state == State::Waiting {
+                holders = waiting();
+            }
+            DetachError::InUse {
+                path: device.clone(),
+                holders,
+            }
         };
         if self.record.is_alive() {
             // Asked here, for the error to name the users. The process claims it before it takes it away.

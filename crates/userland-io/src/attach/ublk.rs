@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::Via;
+use super::holders::{holders_besides, waiting};
 use super::module;
 use super::record::Record;
 use super::way::{self, Pending, Running, Settings, Undone};
@@ -102,10 +103,22 @@ pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
     };
     match device {
         Some((index, identity)) => {
-            ublk::remove_unused(index, identity, noted.is_some()).map_err(system)
+            let is_used = || is_used(record);
+            // Before it was noted, nobody was told of it.
+            let is_used = noted.is_some().then_some(&is_used as &dyn Fn() -> _);
+            ublk::remove_unused(index, identity, is_used).map_err(system)
         }
         None => Ok(()),
     }
+}
+
+/// True if anybody is seen to use the device of `record`, or to wait for what may be it.
+fn is_used(record: &Record) -> io::Result<bool> {
+    let holders = match &record.device {
+        Some(path) => holders_besides(path, None)?,
+        None => Vec::new(),
+    };
+    Ok(!holders.is_empty() || !waiting().is_empty())
 }
 
 /// What the driver keeps with the device: a hash of the record's identifier, which is too long. FNV-1a, since each build has to

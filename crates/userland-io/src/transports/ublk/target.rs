@@ -2,6 +2,10 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+#[cfg(feature = "attach")]
+use std::sync::mpsc;
+#[cfg(feature = "attach")]
+use std::time::Duration;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
@@ -310,11 +314,22 @@ pub(crate) fn available() -> Result<(), Error> {
     ControlDevice::open().map(drop)
 }
 
-/// As [`remove`], but blocks, takes away none but the device that [`identity`] names, and none that is open if anybody was
-/// `told` of it. Else there are but those who look at each new device, and they wait for the answers of a process that
-/// is dead: the kernel, for partitions, with a lock in hand that it takes to see who has the device open.
+/// How long the driver may take to tell whether a device is open. Longer, and somebody has the device's lock who waits for
+/// the answers of the process that is dead.
 #[cfg(feature = "attach")]
-pub(crate) fn remove_unused(index: u32, named: u64, told: bool) -> Result<(), Error> {
+const LOCKED: Duration = Duration::from_secs(1);
+
+/// As [`remove`], but blocks, takes away none but the device that [`identity`] names, and none that is open, if anybody was
+/// told of it: then `is_used` answers if anybody is seen to use it. Else there are but those who look at each new device.
+///
+/// Those may wait for a process that is dead, with a lock in hand that it takes to see who has the device open: the kernel, for
+/// partitions. If the driver does not answer, and nobody was seen, it is they.
+#[cfg(feature = "attach")]
+pub(crate) fn remove_unused(
+    index: u32,
+    named: u64,
+    is_used: Option<&dyn Fn() -> std::io::Result<bool>>,
+) -> Result<(), Error> {
     if identity(index) != Some(named) {
         // It is gone; another may have the index now.
         return Ok(());
@@ -325,15 +340,42 @@ pub(crate) fn remove_unused(index: u32, named: u64, told: bool) -> Result<(), Er
     };
     if info.state != DeviceInfo::DEAD {
         // Nobody is there to take what is not yet written.
-        let claimed = match told {
-            true => stop_unused(&mut control, index, None)?,
-            false => None,
+        let claimed = match is_used {
+            Some(is_used) => {
+                let what = || format!("finding out who uses {}", block_path(index).display());
+                if is_used().map_err(|error| Error::io(what())(error))? {
+                    return Err(Error::InUse(index));
+                }
+                stop_unused_soon(index)?
+            }
+            None => None,
         };
+        // What is under way fails, and whoever waited for it goes on.
         let stopped = control.tell(Control::StopDev, index, 0);
         drop(claimed);
         stopped.map_err(Error::command(Control::StopDev))?;
     }
     delete(&mut control, index)
+}
+
+/// As [`stop_unused`], unless that takes too long: a thread waits for it, then.
+#[cfg(feature = "attach")]
+fn stop_unused_soon(index: u32) -> Result<Option<File>, Error> {
+    let (tell, told) = mpsc::channel();
+    let ask = move || {
+        let asked = ControlDevice::open();
+        // Nobody listens any more once the device was stopped without an answer.
+        let _ = tell.send(asked.and_then(|mut control| stop_unused(&mut control, index, None)));
+    };
+    std::thread::Builder::new()
+        .name("ublk-control".to_owned())
+        .spawn(ask)
+        .map_err(Error::io("a thread"))?;
+    match told.recv_timeout(LOCKED) {
+        Ok(answer) => answer,
+        Err(mpsc::RecvTimeoutError::Timeout) => Ok(None),
+        Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::Lost),
+    }
 }
 
 /// A device whose process is gone, if it is there at all, once the driver has seen that: to be stopped while it is
