@@ -5,6 +5,7 @@
 //! out as text ([`table`]), as a picture ([`plot`]) and into the documentation ([`page`]).
 #![forbid(unsafe_code)]
 
+pub mod attach;
 pub mod cases;
 pub mod figures;
 pub mod machine;

@@ -1,6 +1,7 @@
 //! What figures depend on beside the programs: the machine, and what else it is doing.
 
 use std::fs;
+use std::io;
 use std::process::Command;
 
 use serde::Serialize;
@@ -68,6 +69,26 @@ fn load() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let first = text.split_whitespace().next();
     first.and_then(|load| load.parse().ok()).unwrap_or(f64::NAN)
+}
+
+/// The processor time that all of the machine has used since it started, in seconds (proc(5): /proc/stat).
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn busy() -> io::Result<f64> {
+    let text = fs::read_to_string("/proc/stat")?;
+    let fields = text.lines().next().unwrap_or_default().split_whitespace();
+    let ticks: Vec<f64> = fields
+        .skip(1)
+        .filter_map(|field| field.parse().ok())
+        .collect();
+    // All but idle and iowait, the fourth and fifth; guests' time is counted in the first two.
+    let used: f64 = ticks
+        .iter()
+        .take(3)
+        .chain(ticks.iter().skip(5).take(3))
+        .sum();
+    Ok(used / 100.0)
 }
 
 /// The first line that `command` prints, `None` if it cannot be run.

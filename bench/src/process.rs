@@ -80,16 +80,7 @@ impl Process {
 
     /// It, and the processes that it has started (one server makes one for each connection).
     pub fn tree(&self) -> Vec<u32> {
-        let mut all = vec![self.id()];
-        let mut at = 0;
-        while at < all.len() {
-            let path = format!("/proc/{0}/task/{0}/children", all[at]);
-            let children = fs::read_to_string(path).unwrap_or_default();
-            let children = children.split_whitespace();
-            all.extend(children.filter_map(|id| id.parse::<u32>().ok()));
-            at += 1;
-        }
-        all
+        tree(self.id())
     }
 
     /// The processor time used so far, threads and children that have ended included (of the latter, in steps of 10 ms).
@@ -97,27 +88,7 @@ impl Process {
     /// # Errors
     /// If it has ended.
     pub fn cpu(&self) -> io::Result<Duration> {
-        let mut sum = Duration::ZERO;
-        for id in self.tree() {
-            let pid = i32::try_from(id).map_err(io::Error::other)?;
-            let clock = clock_getcpuclockid(Pid::from_raw(pid));
-            match clock.and_then(clock_gettime) {
-                Ok(time) => sum += Duration::from(time),
-                // A child may have ended meanwhile.
-                Err(error) if id == self.id() => return Err(error.into()),
-                Err(_) => {}
-            }
-        }
-        Ok(sum + self.ended_children())
-    }
-
-    fn ended_children(&self) -> Duration {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap_or_default();
-        // Behind the name, which may hold anything: the 16th and 17th field, in ticks (proc(5): cutime, cstime).
-        let fields = stat.rsplit(')').next().unwrap_or_default();
-        let ticks = fields.split_whitespace().skip(13).take(2);
-        let ticks = ticks.map_while(|field| field.parse::<u64>().ok());
-        Duration::from_millis(ticks.sum::<u64>() * 10)
+        cpu(self.id())
     }
 
     /// The most memory it has had resident, in bytes.
@@ -154,4 +125,46 @@ impl Drop for Process {
         }
         let _ = self.child.wait();
     }
+}
+
+/// A process, and those that it has started.
+fn tree(id: u32) -> Vec<u32> {
+    let mut all = vec![id];
+    let mut at = 0;
+    while at < all.len() {
+        let path = format!("/proc/{0}/task/{0}/children", all[at]);
+        let children = fs::read_to_string(path).unwrap_or_default();
+        let children = children.split_whitespace();
+        all.extend(children.filter_map(|id| id.parse::<u32>().ok()));
+        at += 1;
+    }
+    all
+}
+
+/// As [`Process::cpu`], of any process.
+///
+/// # Errors
+/// If it has ended.
+pub fn cpu(process: u32) -> io::Result<Duration> {
+    let mut sum = Duration::ZERO;
+    for id in tree(process) {
+        let pid = i32::try_from(id).map_err(io::Error::other)?;
+        let clock = clock_getcpuclockid(Pid::from_raw(pid));
+        match clock.and_then(clock_gettime) {
+            Ok(time) => sum += Duration::from(time),
+            // A child may have ended meanwhile.
+            Err(error) if id == process => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
+    Ok(sum + ended_children(process))
+}
+
+fn ended_children(process: u32) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    // Behind the name, which may hold anything: the 16th and 17th field, in ticks (proc(5): cutime, cstime).
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = fields.split_whitespace().skip(13).take(2);
+    let ticks = ticks.map_while(|field| field.parse::<u64>().ok());
+    Duration::from_millis(ticks.sum::<u64>() * 10)
 }

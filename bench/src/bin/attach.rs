@@ -1,241 +1,271 @@
-//! Measures FUSE with a loop device: ours against nbdfuse over nbdkit, both with direct I/O, by fio on the block device.
+//! Measures block devices by fio: ours against those of others, in rounds that start each anew.
 //!
-//! A round starts each anew. Processor time is the whole machine's, since most of the work is the kernel's: run it on one
-//! that does nothing else. Takes root, and fio, nbdkit, nbdfuse and losetup.
+//! `fuse` compares FUSE with a loop device with nbdfuse over nbdkit and losetup, both with direct I/O; `ublk-null` and `ublk-file`
+//! compare ublk with `rublk add null` and `rublk add loop`, and want a kernel that has it (`cargo xtask vm`).
+//! Processor time is the whole machine's for `fuse`, since there most of the work is the kernel's: run it on one that does nothing
+//! else. For ublk it is that of the process that serves, and fio's. Takes root, fio, and the others' programs.
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
+use bench::attach::{Device, Load, load};
 use bench::figures::{Figure, Table, median};
 use bench::{machine, table};
-use clap::Parser;
-use serde_json::Value;
+use clap::{Parser, ValueEnum};
 
-/// Compare FUSE with a loop device: ours, and nbdfuse with losetup
+/// Compare block devices of ours with those of other programs
 #[derive(Parser)]
 struct Arguments {
+    /// What is compared
+    #[arg(value_enum, default_value = "fuse")]
+    what: What,
     /// How often everything is measured
     #[arg(long, default_value_t = 7)]
     rounds: usize,
-    /// How long each load runs, in seconds
-    #[arg(long, default_value_t = 2)]
-    seconds: u64,
+    /// How long each load runs, in milliseconds
+    #[arg(long, default_value_t = 1000)]
+    millis: u64,
     /// The size of the disks, in MiB
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, default_value_t = 256)]
     size: u64,
+    /// How many requests are in flight
+    #[arg(long, value_delimiter = ',', default_value = "1,16,64")]
+    depths: Vec<u32>,
+    /// How long requests are, in KiB
+    #[arg(long, value_delimiter = ',', default_value = "4")]
+    blocks: Vec<u64>,
+    /// Hardware queues of ublk devices, which have 128 tags each
+    #[arg(long, default_value_t = 1)]
+    queues: u16,
+    /// How often a device is attached before that, only to be taken away again
+    #[arg(long, default_value_t = 0)]
+    cycles: usize,
+    /// Where the images of `ublk-file` are
+    #[arg(long, default_value = "/dev/shm")]
+    dir: PathBuf,
+    /// Files past the page cache
+    #[arg(long)]
+    direct: bool,
+    /// The program rublk
+    #[arg(long, default_value = "rublk")]
+    rublk: PathBuf,
 }
 
-const OURS: &str = "ulio attach --via fuse";
-const THEIRS: &str = "nbdfuse, losetup";
-const BLOCK: u64 = 4096;
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum What {
+    Fuse,
+    UblkNull,
+    UblkFile,
+}
 
 fn main() -> io::Result<()> {
     let arguments = Arguments::parse();
     let mut about = machine::Machine::now();
-    let mut figures = Table::new("4 KiB, direct", vec![OURS.into(), THEIRS.into()]);
-    let mut ready = Vec::new();
-    for _ in 0..arguments.rounds.max(1) {
-        let ours = Device::ours(arguments.size)?;
-        ready.push(ours.took.as_secs_f64() * 1e3);
-        measure(&mut figures, OURS, &ours, &arguments)?;
-        drop(ours);
-        let theirs = Device::theirs(arguments.size)?;
-        measure(&mut figures, THEIRS, &theirs, &arguments)?;
+    let pair = Pair::new(&arguments)?;
+    let [ours, theirs] = pair.names();
+    let title = match (arguments.what, arguments.direct) {
+        (What::UblkFile, true) => "direct".into(),
+        (What::UblkFile, false) => "buffered".into(),
+        _ => format!("{:?}", arguments.what),
+    };
+    let mut figures = Table::new(title, vec![ours.into(), theirs.into()]);
+    let mut ready = [Vec::new(), Vec::new()];
+    for cycle in 0..arguments.cycles {
+        for side in order(cycle) {
+            let device = pair.start(side)?;
+            ready[side].push(device.took.as_secs_f64() * 1e3);
+        }
+    }
+    let rounds = if arguments.cycles == 0 {
+        arguments.rounds.max(1)
+    } else {
+        arguments.rounds
+    };
+    for round in 0..rounds {
+        let devices = [pair.start(0)?, pair.start(1)?];
+        for side in [0, 1] {
+            ready[side].push(devices[side].took.as_secs_f64() * 1e3);
+            // Both have all their memory, before anything is measured.
+            load::fill(&devices[side].path, pair.size)?;
+        }
+        for (at, load) in loads(&arguments).into_iter().enumerate() {
+            for side in order(round + at) {
+                let figure = pair.measure(&devices[side], &load)?;
+                let cell = figures.cell_mut(&load.name(), load.block, pair.names()[side]);
+                cell.rounds.push(figure);
+            }
+        }
     }
     about.finish();
     println!("{}", table::markdown(&figures));
+    let mut all = Vec::new();
     for row in &figures.rows {
-        let of = |each: fn(&Figure) -> f64| row.ratio(OURS, THEIRS, each).unwrap_or(f64::NAN);
+        let of = |each: fn(&Figure) -> f64| row.ratio(ours, theirs, each).unwrap_or(f64::NAN);
         let (rate, cpu) = (of(|figure| figure.rate), of(|figure| figure.cpu));
         println!(
             "{}: {rate:.2} x the rate, {cpu:.2} x the processor time",
             row.work
         );
+        all.push((rate, cpu));
     }
+    let mean = |each: fn(&(f64, f64)) -> f64| all.iter().map(each).sum::<f64>() / all.len() as f64;
     println!(
-        "attached, program's start included: {:.1} ms",
-        median(ready)
+        "on average: {:.2} x the rate, {:.2} x the processor time",
+        mean(|row| row.0),
+        mean(|row| row.1)
     );
-    println!(
-        "{}",
-        serde_json::to_string(&about).map_err(io::Error::other)?
-    );
+    for (side, ready) in ready.into_iter().enumerate() {
+        let (name, count) = (pair.names()[side], ready.len());
+        println!(
+            "{name}: attached after {:.1} ms, program's start included ({count} times)",
+            median(ready)
+        );
+    }
+    println!("{}", about.describe());
     Ok(())
 }
 
-/// Runs each load on the device.
-fn measure(
-    figures: &mut Table,
-    server: &str,
-    device: &Device,
-    arguments: &Arguments,
-) -> io::Result<()> {
-    // Both have all their memory, before anything is measured.
-    fio(&device.path, "write", 16, 0)?;
-    for depth in [1, 16] {
-        for (kind, name) in [("randread", "read"), ("randwrite", "write")] {
-            let before = busy()?;
-            let (rate, count) = fio(&device.path, kind, depth, arguments.seconds)?;
-            let cpu = (busy()? - before) * 1e6 / count;
-            let work = format!("4 KiB {name}, depth {depth}");
-            let cell = figures.cell_mut(&work, BLOCK, server);
-            cell.rounds.push(Figure { rate, cpu });
+/// Who comes first: another one each time.
+fn order(turn: usize) -> [usize; 2] {
+    [turn % 2, 1 - turn % 2]
+}
+
+fn loads(arguments: &Arguments) -> Vec<Load> {
+    let mut loads = Vec::new();
+    for &block in &arguments.blocks {
+        for &depth in &arguments.depths {
+            loads.extend([false, true].map(|write| Load {
+                write,
+                block: block << 10,
+                depth,
+                millis: arguments.millis,
+                span: arguments.size << 20,
+            }));
         }
     }
-    Ok(())
+    loads
 }
 
-/// Requests a second, and how many. For 0 seconds, once over the device in long requests.
-fn fio(device: &Path, kind: &str, depth: u32, seconds: u64) -> io::Result<(f64, f64)> {
-    let mut fio = Command::new("fio");
-    fio.args([
-        "--name=load",
-        "--ioengine=libaio",
-        "--direct=1",
-        "--output-format=json",
-    ]);
-    fio.arg(format!("--filename={}", device.display()));
-    fio.arg(format!("--rw={kind}"))
-        .arg(format!("--iodepth={depth}"));
-    match seconds {
-        0 => fio.arg("--bs=1M"),
-        _ => fio
-            .arg(format!("--bs={BLOCK}"))
-            .arg("--time_based")
-            .arg(format!("--runtime={seconds}")),
-    };
-    let output = fio.stdin(Stdio::null()).output()?;
-    if !output.status.success() {
-        return Err(io::Error::other(
-            String::from_utf8_lossy(&output.stderr).into_owned(),
-        ));
-    }
-    let told: Value = serde_json::from_slice(&output.stdout).map_err(io::Error::other)?;
-    let side = if kind.ends_with("read") {
-        "read"
-    } else {
-        "write"
-    };
-    let number = |name: &str| told["jobs"][0][side][name].as_f64().unwrap_or(f64::NAN);
-    Ok((number("iops"), number("total_ios")))
+/// The two that are compared: ours is 0, theirs 1.
+struct Pair<'a> {
+    arguments: &'a Arguments,
+    size: u64,
+    /// An image for each.
+    images: Option<tempfile::TempDir>,
 }
 
-/// The processor time that all of the machine has used since it started, in seconds (proc(5): /proc/stat).
-fn busy() -> io::Result<f64> {
-    let text = fs::read_to_string("/proc/stat")?;
-    let fields = text
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .split_whitespace()
-        .skip(1);
-    let ticks: Vec<f64> = fields.filter_map(|field| field.parse().ok()).collect();
-    // All but idle and iowait, the fourth and fifth; guests' time is counted in the first two.
-    let used: f64 = ticks
-        .iter()
-        .take(3)
-        .chain(ticks.iter().skip(5).take(3))
-        .sum();
-    Ok(used / 100.0)
-}
-
-/// A block device, and what serves it.
-struct Device {
-    path: PathBuf,
-    took: Duration,
-    server: Child,
-    /// Where nbdfuse has its file.
-    mounted: Option<tempfile::TempDir>,
-}
-
-impl Device {
-    fn ours(size: u64) -> io::Result<Self> {
-        let begun = Instant::now();
-        let mut ulio = Command::new(std::env::current_exe()?.with_file_name("ulio"));
-        ulio.args(["attach", "--via", "fuse"])
-            .arg(format!("memory:{size}M"));
-        let mut server = ulio
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let mut line = String::new();
-        if let Some(out) = server.stdout.take() {
-            BufReader::new(out).read_line(&mut line)?;
-        }
-        let device = Device {
-            path: line.trim_end().into(),
-            took: begun.elapsed(),
-            server,
-            mounted: None,
-        };
-        device.checked(size)
-    }
-
-    fn theirs(size: u64) -> io::Result<Self> {
-        let begun = Instant::now();
-        let mounted = tempfile::tempdir()?;
-        let file = mounted.path().join("disk");
-        fs::write(&file, "")?;
-        let mut nbdfuse = Command::new("nbdfuse");
-        nbdfuse
-            .arg(&file)
-            .args(["[", "nbdkit", "--exit-with-parent", "memory"]);
-        nbdfuse.arg(format!("{size}M")).arg("]");
-        let server = nbdfuse.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
-        let mut device = Device {
-            path: PathBuf::new(),
-            took: Duration::ZERO,
-            server,
-            mounted: Some(mounted),
-        };
-        while fs::metadata(&file)?.len() == 0 {
-            if begun.elapsed() > Duration::from_secs(10) {
-                return Err(io::Error::other("nbdfuse mounts nothing"));
+impl<'a> Pair<'a> {
+    fn new(arguments: &'a Arguments) -> io::Result<Self> {
+        let size = arguments.size << 20;
+        let images = match arguments.what {
+            What::UblkFile => {
+                let dir = tempfile::tempdir_in(&arguments.dir)?;
+                for name in IMAGES {
+                    fs::File::create(dir.path().join(name))?.set_len(size)?;
+                }
+                Some(dir)
             }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        let mut losetup = Command::new("losetup");
-        losetup
-            .args(["--direct-io=on", "--find", "--show"])
-            .arg(&file);
-        let output = losetup.output()?;
-        device.path = String::from_utf8_lossy(&output.stdout).trim_end().into();
-        device.took = begun.elapsed();
-        device.checked(size)
-    }
-
-    fn checked(self, size: u64) -> io::Result<Self> {
-        let name = self.path.file_name().unwrap_or_default().display();
-        let sectors = fs::read_to_string(format!("/sys/block/{name}/size"))?;
-        let direct = fs::read_to_string(format!("/sys/block/{name}/loop/dio"))?;
-        match (sectors.trim() == (size << 11).to_string(), direct.trim()) {
-            (true, "1") => Ok(self),
-            _ => Err(io::Error::other(format!("{name} is not as it was to be"))),
-        }
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        let quietly = |command: &mut Command| {
-            let _ = command.stderr(Stdio::null()).status();
+            _ => None,
         };
-        if let Some(mounted) = &self.mounted {
-            quietly(Command::new("losetup").arg("-d").arg(&self.path));
-            quietly(
-                Command::new("fusermount3")
-                    .arg("-u")
-                    .arg(mounted.path().join("disk")),
-            );
-        } else {
-            let id = self.server.id().to_string();
-            quietly(Command::new("kill").args(["-INT", &id]));
+        Ok(Pair {
+            arguments,
+            size,
+            images,
+        })
+    }
+
+    fn names(&self) -> [&'static str; 2] {
+        match self.arguments.what {
+            What::Fuse => ["ulio attach --via fuse", "nbdfuse, losetup"],
+            What::UblkNull => ["ulio attach null", "rublk null"],
+            What::UblkFile => ["ulio attach file", "rublk loop"],
         }
-        let _ = self.server.wait();
+    }
+
+    fn start(&self, side: usize) -> io::Result<Device> {
+        let (size, queues) = (self.size, self.arguments.queues.to_string());
+        let image = self
+            .images
+            .as_ref()
+            .map(|dir| dir.path().join(IMAGES[side]));
+        let image = image
+            .as_deref()
+            .unwrap_or(Path::new(""))
+            .display()
+            .to_string();
+        let cache = if self.arguments.direct {
+            ",direct"
+        } else {
+            ""
+        };
+        let ours = ["--via", "ublk", "--depth", "128", "--queues", &queues];
+        let theirs = ["--depth", "128", "--queue", &queues];
+        let rublk = &self.arguments.rublk;
+        let device = match (self.arguments.what, side) {
+            (What::Fuse, 0) => Device::ulio(&["--via", "fuse", &format!("memory:{size}")]),
+            (What::Fuse, _) => Device::nbdfuse(size),
+            (What::UblkNull, 0) => Device::ulio(&[&ours[..], &[&format!("null:{NULL}")]].concat()),
+            (What::UblkNull, _) => Device::rublk(rublk, &[&["null"], &theirs[..]].concat()),
+            (What::UblkFile, 0) => {
+                Device::ulio(&[&ours[..], &[&format!("file:{image}{cache}")]].concat())
+            }
+            (What::UblkFile, _) => {
+                let mut words = [&["loop", "--file", &image], &theirs[..]].concat();
+                if !self.arguments.direct {
+                    words.push("--buffered-io");
+                }
+                Device::rublk(rublk, &words)
+            }
+        }?;
+        let bytes = if self.arguments.what == What::UblkNull {
+            NULL
+        } else {
+            size
+        };
+        let as_asked = device.attribute("size")? == (bytes >> 9).to_string()
+            && match self.arguments.what {
+                What::Fuse => device.attribute("loop/dio")? == "1",
+                _ => {
+                    fs::read_dir(format!(
+                        "/sys/block/{}/mq",
+                        device.path.file_name().unwrap_or_default().display()
+                    ))?
+                    .count()
+                        == usize::from(self.arguments.queues)
+                }
+            };
+        match as_asked {
+            true => Ok(device),
+            false => Err(io::Error::other(format!(
+                "{} is not as it was to be",
+                device.path.display()
+            ))),
+        }
+    }
+
+    fn measure(&self, device: &Device, load: &Load) -> io::Result<Figure> {
+        let machine = self.arguments.what == What::Fuse;
+        let used = || {
+            if machine {
+                machine::busy()
+            } else {
+                device.cpu()
+            }
+        };
+        let before = used()?;
+        let outcome = load.run(&device.path)?;
+        let fio = if machine { 0.0 } else { outcome.cpu };
+        let cpu = (used()? - before + fio) * 1e6 / outcome.count;
+        Ok(Figure {
+            rate: outcome.rate,
+            cpu,
+        })
     }
 }
+
+/// What the images are called.
+const IMAGES: [&str; 2] = ["ours", "theirs"];
+/// The size of rublk's null device, in bytes.
+const NULL: u64 = 250 << 30;

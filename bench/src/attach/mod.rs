@@ -1,0 +1,9 @@
+//! Block devices to be measured, ours and those of others: how they come about, and what loads them.
+//!
+//! [`devices`] starts them, [`load`] runs fio on them.
+
+pub mod devices;
+pub mod load;
+
+pub use devices::{Device, Ended};
+pub use load::{Load, Outcome};
