@@ -21,7 +21,7 @@ use super::abi::{Control, DeviceInfo, Flags};
 use super::control::ControlDevice;
 use super::error::Error;
 use super::params;
-use super::places::{block_device, block_path};
+use super::places::{block_device, block_path, identity};
 use super::queues::Queues;
 use super::recover;
 use super::target::{claim, delete, stop_unused};
@@ -253,6 +253,8 @@ struct Life<E: Engine> {
     device: Device<E>,
     control: ControlDevice,
     info: DeviceInfo,
+    /// Others may have its index when it is gone.
+    identity: Option<u64>,
     /// In bytes.
     size: u64,
     queues: Queues,
@@ -365,6 +367,7 @@ impl<E: Engine> Life<E> {
         Ok(Life {
             device,
             control,
+            identity: identity(info.index),
             info,
             size: params::whole_blocks(&seen, page_size()),
             queues,
@@ -474,13 +477,18 @@ impl<E: Engine> Life<E> {
                 self.queues.end();
                 Ok(())
             }
-            false => take_down(
-                &mut self.control,
-                &mut self.queues,
-                index,
-                is_unused,
-                claimed,
-            ),
+            // As long as the character device is open here, nobody else has the index.
+            false => {
+                let stopped = stop(&mut self.control, index);
+                // A claim would keep the index taken.
+                drop(claimed);
+                self.queues.end();
+                // Somebody else may have removed it.
+                match identity(index) == self.identity {
+                    true => stopped.and(remove(&mut self.control, index, is_unused)),
+                    false => stopped,
+                }
+            }
         };
         let closed = self.runtime.handle().block_on(async {
             if let Some(watcher) = self.watcher {
@@ -538,21 +546,6 @@ fn add(
         return Err(Error::command(Control::SetParams)(error));
     }
     Ok(info)
-}
-
-/// Stops and [removes](remove) a device. If it is `claimed`, nobody else can come to use it before it is stopped.
-fn take_down(
-    control: &mut ControlDevice,
-    queues: &mut Queues,
-    index: u32,
-    unused: bool,
-    claimed: Option<File>,
-) -> Result<(), Error> {
-    let stopped = stop(control, index);
-    // It would keep the index taken.
-    drop(claimed);
-    queues.end();
-    stopped.and(remove(control, index, unused))
 }
 
 /// Stops a device: the tasks of its tags end.
