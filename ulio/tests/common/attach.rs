@@ -126,7 +126,9 @@ pub(crate) fn listed(ulio: &Ulio, path: &Path) -> Option<serde_json::Value> {
     let all: serde_json::Value = serde_json::from_str(ran.ok()).unwrap();
     let path = path.to_str().unwrap();
     let mut devices = all["devices"].as_array().unwrap().iter();
-    devices.find(|device| device["device"] == path).cloned()
+    // Another test's may have had the path before, and its process not have ended.
+    let found = devices.find(|device| device["device"] == path && device["state"] != "ending");
+    found.cloned()
 }
 
 /// Waits until `is` is true.

@@ -81,6 +81,12 @@ pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
     }
 }
 
+/// True as long as the device of `record` is there, and not another in its place. What cannot be told is taken to be so.
+pub(super) fn is_there(record: &Record) -> bool {
+    let found = |name| LoopDevice::find(&format!("/{name}"));
+    !matches!(record.remains(FILE).map(found), Some(Ok(None)))
+}
+
 /// The name of the file behind the device of `record`, in the root of its file system. Processes in other containers, or before and
 /// after a restart of the machine, may have the same number and the same start, so it has something random, too.
 fn file_name(record: &Record, random: u64) -> String {

@@ -75,18 +75,24 @@ pub(super) async fn hand_over(
     Ok(Box::new(Connected { block, server }))
 }
 
+/// True as long as the device of `record` is there, and not another in its place. One that could not be noted is
+/// taken to be so.
+pub(super) fn is_there(record: &Record) -> bool {
+    noted(record).is_none_or(|device| device.is_connected())
+}
+
+fn noted(record: &Record) -> Option<Identity> {
+    let number = |key| record.remains(key)?.parse().ok();
+    Some(Identity {
+        index: number(INDEX)?,
+        identifier: record.identifier(),
+        thread: number(THREAD)?,
+    })
+}
+
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
-    let number = |key| record.remains(key).and_then(|value| value.parse().ok());
-    let identifier = record.identifier();
-    let device = match (number(INDEX), number(THREAD)) {
-        (Some(index), Some(thread)) => Some(Identity {
-            index,
-            identifier,
-            thread,
-        }),
-        // It died before it could note where.
-        _ => Identity::find(&identifier),
-    };
+    // It may have died before it could note where.
+    let device = noted(record).or_else(|| Identity::find(&record.identifier()));
     match device {
         Some(device) => kernel_nbd::remove_unused(&device).map_err(system),
         None => Ok(()),

@@ -49,7 +49,8 @@ pub fn list() -> io::Result<Vec<Listed>> {
     let records = Record::all()?.into_iter();
     let listed = records.map(|record| Listed {
         state: match (record.is_alive(), &record.device) {
-            (true, Some(_)) => State::Running,
+            (true, Some(_)) if way::is_there(&record) => State::Running,
+            (true, Some(_)) => State::Ending,
             (true, None) => State::Starting,
             (false, Some(_)) if record.recoverable && ublk::is_there(&record) => State::Waiting,
             (false, _) => State::Stale,
@@ -73,6 +74,8 @@ pub enum State {
     Starting,
     /// Its process lives and serves it.
     Running,
+    /// Its process lives, and the device is gone: the disk is being flushed and closed. Another device may have its path.
+    Ending,
     /// Its process died, and it waits for another to resume it. Whoever uses it waits too.
     Waiting,
     /// Its process died. What it left can be removed.
@@ -80,11 +83,12 @@ pub enum State {
 }
 
 impl State {
-    /// Its name: `starting`, `running`, `waiting` or `stale`.
+    /// Its name: `starting`, `running`, `ending`, `waiting` or `stale`.
     pub const fn name(self) -> &'static str {
         match self {
             State::Starting => "starting",
             State::Running => "running",
+            State::Ending => "ending",
             State::Waiting => "waiting",
             State::Stale => "stale",
         }
@@ -236,10 +240,15 @@ impl Listed {
         if self.record.is_alive() {
             // Asked here, for the error to name the users. The process claims it before it takes it away.
             let is_in_use = |path| super::in_use(path).is_ok_and(|is| is);
-            if self.path().is_some_and(is_in_use) {
+            if way::is_there(&self.record) && self.path().is_some_and(is_in_use) {
                 return Err(in_use());
             }
-            let answer = self.ask("detach\n", None).map_err(failed)?;
+            let answer = match self.ask("detach\n", None) {
+                Ok(answer) => answer,
+                // It is ending already, or does just now.
+                Err(error) if is_unheard(&error) => String::new(),
+                Err(error) => return Err(failed(error)),
+            };
             return match answer.as_str() {
                 IN_USE => Err(in_use()),
                 answer => ended_so(answer, &device),
@@ -260,6 +269,15 @@ impl Listed {
         socket.take(64 << 10).read_to_string(&mut text)?;
         Ok(text)
     }
+}
+
+/// True if nobody listens, or has stopped to.
+fn is_unheard(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound};
+    matches!(
+        error.kind(),
+        BrokenPipe | ConnectionRefused | ConnectionReset | NotFound
+    )
 }
 
 #[cfg(test)]

@@ -72,6 +72,11 @@ pub(super) fn is_there(record: &Record) -> bool {
     noted(record).is_some_and(|(index, identity)| ublk::identity(index) == Some(identity))
 }
 
+/// As [`is_there`], and true of one that could not be noted.
+pub(super) fn may_be_there(record: &Record) -> bool {
+    noted(record).is_none() || is_there(record)
+}
+
 /// What the device at `path` has to be, if it is on record.
 fn on_record(path: &Path) -> Option<u64> {
     // A link may lead there.

@@ -155,6 +155,15 @@ async fn start_one<E: Engine>(
     }
 }
 
+/// True as long as the kernel has the device of `record`, and not another in its place. What cannot be told is taken to be so.
+pub(super) fn is_there(record: &Record) -> bool {
+    match record.via {
+        Via::Ublk => ublk::may_be_there(record),
+        Via::Nbd => kernel_nbd::is_there(record),
+        Via::Fuse => fuse::is_there(record),
+    }
+}
+
 /// Takes away what the process of `record`, which is dead, has left.
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
     match record.via {
