@@ -214,6 +214,10 @@ pub(crate) struct Attach {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) depth: Option<u16>,
 
+    /// How long a request may hang if this process dies, or its disk is slow: 3s at least, 60s by default (nbd only)
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) timeout: Option<Duration>,
+
     /// Make a device that takes no writes, whatever the stack allows
     #[arg(long, short)]
     pub(crate) read_only: bool,

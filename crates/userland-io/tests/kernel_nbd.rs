@@ -425,8 +425,10 @@ async fn twenty_cycles_leave_nothing_behind() {
     assert!(status.success());
 }
 
-/// How long the kernel waits in the tests where it does.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the kernel waits in the tests where it does: a second for an answer, then two for a new connection.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Longer than it waits for an answer, whenever in a second it looks, and not as long as it waits in all.
+const SLOW: Duration = Duration::from_millis(2500);
 
 /// Attaches a disk, tells where, and goes on until it is killed.
 #[tokio::test]
@@ -475,7 +477,7 @@ async fn a_daemon_that_is_killed_leaves_errors_and_what_can_be_removed() {
     let (error, waited) = reader.join().unwrap();
     assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     // The driver looks at its requests once a second.
-    let most = 2 * PATIENCE + Duration::from_secs(2);
+    let most = PATIENCE + Duration::from_secs(2);
     assert!(waited < most, "an error after {waited:?}");
     // One in use stays.
     let claimed = open(&path, libc::O_EXCL).unwrap();
@@ -556,7 +558,7 @@ async fn a_disk_slower_than_the_time_out_is_waited_for_and_not_asked_twice_at_on
         let attaching = builder(disk).queues(queues).timeout(PATIENCE);
         let mut attached = attaching.attach().await.unwrap();
         let file = direct(attached.path());
-        *recorder.0.slow.lock().unwrap() = (1, PATIENCE + Duration::from_millis(1500));
+        *recorder.0.slow.lock().unwrap() = (1, SLOW);
         recorder.taken();
         file.write_all_at(&Aligned::filled(4096, 1), 0).unwrap();
         // It was asked again after that, and not beside it.
@@ -571,4 +573,24 @@ async fn a_disk_slower_than_the_time_out_is_waited_for_and_not_asked_twice_at_on
         drop(file);
         attached.detach().await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_disk_that_is_always_slower_than_the_time_out_is_not_asked_without_end() {
+    let Some(_turn) = turn().await else { return };
+    let recorder = Recorder::new();
+    let disk = Device::open(recorder.clone()).await.unwrap();
+    let attaching = builder(disk).queues(1).timeout(PATIENCE);
+    let attached = attaching.attach().await.unwrap();
+    let file = direct(attached.path());
+    *recorder.0.slow.lock().unwrap() = (u32::MAX, SLOW);
+    recorder.taken();
+    let error = file.write_all_at(&Aligned::filled(4096, 1), 0).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
+    let asked = recorder.taken();
+    assert_eq!(asked, vec![Asked::Write(0..4096, NONE); asked.len()]);
+    let most = 4 * PATIENCE.as_millis() / SLOW.as_millis() + 3;
+    assert!((3..=most).contains(&(asked.len() as u128)), "{asked:?}");
+    let why = attached.ended().await.unwrap();
+    assert!(why.contains("slower than the time-out"), "{why}");
 }

@@ -163,10 +163,9 @@ impl<E: Engine> Builder<E> {
         self
     }
 
-    /// How long the kernel waits for the disk to answer a request, and then for a server that is gone to come back,
-    /// before it fails what is asked of the device; in whole seconds, at least one. So when this process dies, nothing hangs
-    /// for longer than twice this. It is doubled each time that the disk is slower. Only the kernel's NBD client has such a
-    /// limit. If left out: 45 s.
+    /// How long a request may hang when this process dies, in whole seconds from three to a day. Only the kernel's NBD client needs such
+    /// a limit, and has it for a disk that is merely slow too: it is doubled each time that the disk is slower, and one that is much
+    /// slower is lost, as [`kernel_nbd::Target::timeout`](crate::transports::kernel_nbd::Target::timeout) says. If left out: 60 s.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.settings.timeout = Some(timeout);
         self

@@ -147,6 +147,9 @@ impl How<'_> {
         if let Some(depth) = self.arguments.depth {
             builder = builder.depth(depth);
         }
+        if let Some(timeout) = self.arguments.timeout {
+            builder = builder.timeout(timeout);
+        }
         match self.resume {
             Some(path) => builder.resume(path),
             None => builder,

@@ -46,9 +46,35 @@ pub(super) struct Wanted<'a> {
     pub(super) block_size: u32,
     /// The server's transmission flags.
     pub(super) flags: u16,
-    /// How long a request may go unanswered, and then how long a new connection is waited for. Whole seconds.
-    pub(super) timeout: Duration,
+    pub(super) waits: Waits,
     pub(super) identifier: &'a str,
+}
+
+/// How long the driver waits for a server, in all and in whole seconds, before it fails requests.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waits {
+    /// For the answer to a request: then it takes the connection for lost.
+    answer: Duration,
+    /// Then, for a connection on which it can ask again.
+    connection: Duration,
+}
+
+impl Waits {
+    /// Nearly all of it is for the answer: of a server whose process has died no connection comes, and one that lives makes
+    /// it as soon as its disk has answered. The driver looks at its requests once a second, so it is two at least.
+    pub(super) fn of(timeout: Duration) -> Self {
+        let whole = timeout.as_secs();
+        let connection = (whole / 10).max(2);
+        Waits {
+            answer: Duration::from_secs(whole.saturating_sub(connection).max(1)),
+            connection: Duration::from_secs(connection),
+        }
+    }
+
+    fn tell(self, asked: &mut Attributes) {
+        asked.u64(attribute::TIMEOUT, self.answer.as_secs());
+        asked.u64(attribute::DEAD_CONN_TIMEOUT, self.connection.as_secs());
+    }
 }
 
 /// The driver.
@@ -80,8 +106,7 @@ impl Control {
         asked.u64(attribute::SIZE_BYTES, wanted.size);
         asked.u64(attribute::BLOCK_SIZE_BYTES, wanted.block_size.into());
         asked.u64(attribute::SERVER_FLAGS, wanted.flags.into());
-        asked.u64(attribute::TIMEOUT, wanted.timeout.as_secs());
-        asked.u64(attribute::DEAD_CONN_TIMEOUT, wanted.timeout.as_secs());
+        wanted.waits.tell(&mut asked);
         asked.u64(attribute::CLIENT_FLAGS, 0);
         asked.text(attribute::BACKEND_IDENTIFIER, wanted.identifier);
         asked.nest(attribute::SOCKETS, &list(sockets));
@@ -111,17 +136,15 @@ impl Control {
         self.reconfigure(of, asked)
     }
 
-    /// Gives the device `sockets` in place of connections that are lost, and a time-out for requests, and for new connections, from
-    /// now on.
+    /// Gives the device `sockets` in place of connections that are lost, and new time-outs from now on.
     pub(super) fn reconnect<S: AsFd>(
         &mut self,
         of: &Identity,
         sockets: &[S],
-        timeout: Duration,
+        waits: Waits,
     ) -> Result<(), Error> {
         let mut asked = Attributes::default();
-        asked.u64(attribute::TIMEOUT, timeout.as_secs());
-        asked.u64(attribute::DEAD_CONN_TIMEOUT, timeout.as_secs());
+        waits.tell(&mut asked);
         asked.nest(attribute::SOCKETS, &list(sockets));
         self.reconfigure(of, asked)
     }

@@ -18,7 +18,7 @@ use rustix::fs::FileType;
 use tokio::sync::{oneshot, watch};
 
 use super::connections::End;
-use super::control::{self, Control, Identity, Wanted};
+use super::control::{self, Control, Identity, Waits, Wanted};
 use super::error::Error;
 use crate::Geometry;
 use crate::transports::nbd::wire::TransmissionFlags;
@@ -202,7 +202,7 @@ pub(super) struct Plan {
     pub(super) size: u64,
     pub(super) block_size: u32,
     pub(super) flags: TransmissionFlags,
-    pub(super) timeout: Duration,
+    pub(super) waits: Waits,
     pub(super) identifier: String,
 }
 
@@ -397,7 +397,7 @@ fn connect(plan: &Plan, far: &[OwnedFd]) -> Result<(Control, Identity, bool), Er
         size: whole_blocks(plan.size, plan.block_size),
         block_size: plan.block_size,
         flags: plan.flags.bits(),
-        timeout: plan.timeout,
+        waits: plan.waits,
         identifier: &plan.identifier,
     };
     let mut before = control::indexes();

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 
 use super::connections::{End, MOST};
-use super::control::{Control, Identity};
+use super::control::{Control, Identity, Waits};
 use super::error::Error;
 use super::life::{self, BlockDevice, Message, Side};
 use super::target;
@@ -57,8 +57,8 @@ impl Remote {
         self
     }
 
-    /// How long the kernel waits for the server's answer before it takes the connection for lost; in whole seconds,
-    /// at least one. If left out: 45 s.
+    /// How long a request may go unanswered before it fails, in whole seconds from three to a day: the kernel takes the connection for
+    /// lost after nine tenths of that. If left out: 60 s.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = target::whole_seconds(timeout);
         self
@@ -88,7 +88,7 @@ impl Remote {
             size: geometry.size,
             block_size: life::block_size(&geometry),
             flags,
-            timeout: self.timeout,
+            waits: Waits::of(self.timeout),
             identifier: self.identifier,
         };
         let unsuitable = |why: String| Err(Error::Unsuitable(why));

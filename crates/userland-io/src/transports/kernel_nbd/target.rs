@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 use super::connections::MOST;
 #[cfg(feature = "attach")]
 use super::control;
-use super::control::{Control, Identity};
+use super::control::{Control, Identity, Waits};
 use super::error::Error;
 use super::life::{self, BlockDevice, Written};
 use super::served::{Order, Served};
@@ -27,7 +27,12 @@ const CONNECTIONS: usize = 4;
 /// The driver's own depth, for each connection.
 const DEPTH: u16 = 128;
 /// See [`Target::timeout`].
-pub(super) const TIMEOUT: Duration = Duration::from_secs(45);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The shortest time-out, in seconds, of which a part is for the answer and a part for a new connection.
+const SHORTEST: u64 = 3;
+/// The longest, a day: the driver counts in 32 bits.
+const LONGEST: u64 = 24 * 60 * 60;
 
 /// As many connections as suit the machine.
 pub(super) fn connections() -> u16 {
@@ -41,7 +46,7 @@ pub(super) fn identifier() -> String {
 }
 
 pub(super) fn whole_seconds(timeout: Duration) -> Duration {
-    Duration::from_secs(timeout.as_secs().max(1))
+    Duration::from_secs(timeout.as_secs().clamp(SHORTEST, LONGEST))
 }
 
 pub(super) fn one_line(identifier: String) -> String {
@@ -85,13 +90,15 @@ impl<E: Engine> Target<E> {
         self
     }
 
-    /// How long the kernel waits for the answer to a request before it takes the connection for lost, and then for
-    /// a new connection before requests fail; in whole seconds, at least one. If left out: 45 s.
+    /// How long a request may hang if this process dies, in whole seconds from three to a day: nine tenths of it the kernel waits for
+    /// an answer before it takes the connection for lost, and then, for two seconds at least, for a new connection. The driver
+    /// looks once a second. If left out: 60 s.
     ///
-    /// So if this process dies, every request has failed after twice this time. If it lives and the disk is that slow, the
-    /// connection is made anew as soon as the disk has answered, what was asked is done again, and the
-    /// kernel waits twice as long from then on, each time, up to an hour: for the answers to new requests, and for a new connection.
-    /// A disk that takes longer than both together has its requests fail.
+    /// If the process lives and the disk is that slow, the connection is made anew as soon as the disk has answered, what
+    /// was asked is done again, and the kernel waits twice as long from then on, each time, up to an hour: for the answers to new
+    /// requests, and for a new connection. A disk that answers only after both times is lost, and requests to it fail. So is one that
+    /// is too slow again and again for four times this time, since the kernel asks the same request without end, with the time-out that it
+    /// had at first.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = whole_seconds(timeout);
         self
@@ -141,7 +148,7 @@ impl<E: Engine> Target<E> {
             size: geometry.size,
             block_size: life::block_size(&geometry),
             flags,
-            timeout: self.timeout,
+            waits: Waits::of(self.timeout),
             identifier: self.identifier,
         };
         if life::whole_blocks(plan.size, plan.block_size) == 0 {
