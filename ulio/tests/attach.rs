@@ -5,10 +5,9 @@
 mod attach;
 mod common;
 use attach::{Attached, Mounted, can_attach, claim, has, listed, remains, run, until, via};
-use common::{Ran, Server, Ulio, need};
+use common::{Ran, Ulio, need};
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -67,35 +66,6 @@ fn memory(disk: &Attached) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
     kilobytes.unwrap() << 10
-}
-
-/// The better ways are named with their reasons; what is better than the best is nobody's business.
-#[test]
-fn it_says_why_better_ways_were_not_taken() {
-    if !can_attach() {
-        return;
-    }
-    let ulio = Ulio::new();
-    let disk = Attached::spawn(ulio.command(["attach", "memory:1M"]));
-    let ran = disk.stop();
-    let (told, rest) = ran.err.split_once('\n').unwrap();
-    let better = match told {
-        told if told.contains("1 MiB, by ublk;") => 0,
-        told if told.contains("1 MiB, by nbd;") => 1,
-        told if told.contains("1 MiB, by fuse;") => 2,
-        told => panic!("{told}"),
-    };
-    let reasons: Vec<_> = rest
-        .lines()
-        .filter(|line| line.starts_with("  not by "))
-        .collect();
-    assert_eq!(reasons.len(), better, "{ran:#?}");
-    for (reason, name) in reasons.iter().zip(["ublk", "nbd"]) {
-        assert!(
-            reason.starts_with(&format!("  not by {name}: ")),
-            "{reason}"
-        );
-    }
 }
 
 #[test]
@@ -430,62 +400,6 @@ fn the_list_counts_what_was_done() {
     disk.stop();
 }
 
-/// By the kernel's client it talks to the server itself, and the process counts nothing.
-#[test]
-fn an_export_of_a_server_is_attached_by_its_uri() {
-    if !can_attach() {
-        return;
-    }
-    let ulio = Ulio::new();
-    let server = Server::start(&ulio, "serve memory:8M --listen unix:s", 1);
-    let disk = Attached::new(&ulio, &server.uris[0]);
-    let told = listed(&ulio, &disk.path).unwrap();
-    assert_eq!(told["stack"], server.uris[0]);
-    assert_eq!(told["counters"].is_null(), via() == "nbd", "{told}");
-    let block = [7; 4096];
-    {
-        let device = fs::File::options().write(true).open(&disk.path).unwrap();
-        device.write_all_at(&block, 1 << 20).unwrap();
-        device.sync_all().unwrap();
-    }
-    disk.stop();
-    ulio.run(&format!("copy {} file:out.img", server.uris[0]))
-        .ok();
-    assert_eq!(ulio.read("out.img")[1 << 20..][..4096], block);
-    server.stop().ok();
-    ulio.run(&format!("attach --via {} nbd+unix:///?socket=gone", via()))
-        .fails(1, &["gone"]);
-}
-
-/// What was synced there would not be on the disk.
-#[test]
-fn a_loop_device_that_leaves_flushes_out_is_not_taken() {
-    if !has(&["unshare", "mount", "losetup"]) || !can_attach() {
-        return;
-    }
-    let ulio = Ulio::new();
-    // There is a free one, then, and each that there is looks so, and cannot be changed, in a mount namespace of the test's own.
-    run("losetup", ["--find"]);
-    ulio.write("cache", b"write through\n");
-    let script = "for at in /sys/block/loop*/queue/write_cache; do
-        mount --bind cache $at && mount -o remount,bind,ro $at || exit 9
-    done
-    exec \"$@\"";
-    let own = ulio.command(["attach", "--via", "fuse", "file:disk.img,size=1M"]);
-    let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c", script, "sh"])
-        .arg(own.get_program())
-        .args(own.get_args())
-        .current_dir(ulio.dir());
-    let ran = Ran::from(command.output().unwrap());
-    assert_eq!(ran.code, Some(1), "{ran:#?}");
-    assert!(
-        ran.err.contains("write_cache cannot be `write back`"),
-        "{ran:#?}"
-    );
-}
-
 #[test]
 fn without_root_a_line_says_what_to_do() {
     let ulio = Ulio::new();
@@ -641,7 +555,7 @@ fn it_does_not_hang_in_a_mount_namespace_that_ends_with_it() {
         return;
     }
     let ulio = Ulio::new();
-    let script = r#"device=$("$0" attach --background --via "$1" memory:64M) && mkfs.ext4 -q $device \
+    let script = r#"device=$("$0" attach --background --timeout 3s --via "$1" memory:64M) && mkfs.ext4 -q $device \
         && mkdir mnt && mount $device mnt && dd if=/dev/zero of=mnt/a bs=64K count=64 status=none \
         && pid=$("$0" list | awk -v device=$device '$1 == device && $3 != "ending" { print $8 }') \
         && echo $device $pid && kill -9 $pid $$"#;

@@ -265,6 +265,81 @@ async fn the_kernel_is_told_what_the_engine_claims() {
     detach(disk).await;
 }
 
+/// A memory that claims what it is told to.
+struct Claims(Memory, Geometry);
+
+impl Engine for Claims {
+    fn geometry(&self) -> Geometry {
+        self.1
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        self.0.read(buf, offset).await
+    }
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Result {
+        self.0.write(buf, offset, NONE).await
+    }
+    async fn write_zeroes(&self, range: Range<u64>, _: WriteFlags) -> Result {
+        self.0.write_zeroes(range, NONE).await
+    }
+    async fn discard(&self, range: Range<u64>) -> Result {
+        self.0.discard(range).await
+    }
+    async fn flush(&self) -> Result {
+        Ok(())
+    }
+}
+
+/// The other ways tell it less: a loop device has no FUA, and the kernel's NBD client no granularity.
+#[tokio::test]
+async fn the_kernel_has_every_claim_of_a_ublk_device() {
+    if via() != Via::Ublk {
+        return;
+    }
+    let mut all = Geometry::writable(SIZE, CrashLevel::Flush);
+    all.physical_block_size = 4096;
+    all.io_opt = 64 << 10;
+    all.discard = Discard::Unspecified;
+    all.discard_granularity = 64 << 10;
+    all.max_discard = 1 << 20;
+    all.max_write_zeroes = 2 << 20;
+    all.features |= Features::FUA | Features::WRITE_ZEROES | Features::ROTATIONAL;
+    let mut none = Geometry::writable(SIZE, CrashLevel::None);
+    none.logical_block_size = 4096;
+    let names = [
+        "queue/logical_block_size",
+        "queue/physical_block_size",
+        "queue/minimum_io_size",
+        "queue/optimal_io_size",
+        "queue/write_cache",
+        "queue/fua",
+        "queue/rotational",
+        "queue/discard_max_bytes",
+        "queue/write_zeroes_max_bytes",
+        "ro",
+    ];
+    let cases = [
+        (all, "512 4096 4096 65536 write back 1 1 1048576 2097152 0"),
+        (
+            all.into_read_only(),
+            "512 4096 4096 65536 write through 0 1 0 0 1",
+        ),
+        (none, "4096 4096 4096 0 write through 0 0 0 0 0"),
+    ];
+    for (geometry, expected) in cases {
+        let engine = Claims(Memory::new(SIZE), geometry);
+        let Some(disk) = attached(engine).await else {
+            return;
+        };
+        let has = names.map(|name| told(disk.path(), name)).join(" ");
+        assert_eq!(has, expected, "{geometry:?}");
+        // Where there is no discard, kernels differ in what its granularity is.
+        if geometry.discard != Discard::None {
+            assert_eq!(told(disk.path(), "queue/discard_granularity"), "65536");
+        }
+        detach(disk).await;
+    }
+}
+
 #[tokio::test]
 async fn partitions_appear() {
     if std::env::var_os("ULIO_GUEST").is_none() {

@@ -30,6 +30,8 @@ const SUITES: &[Suite] = &[
     uml("kernel_nbd_export", &[]),
     of_ulio(uml("attach", UBLK)),
     of_ulio(uml("attach", NBD)),
+    of_ulio(uml("attach_ways", UBLK)),
+    of_ulio(uml("attach_ways", NBD)),
     of_ulio(uml("attach_recovery", UBLK)),
     of_ulio(uml("attach_recovery", NBD)),
     uml("attach_requests", UBLK),
