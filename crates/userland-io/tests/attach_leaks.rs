@@ -34,7 +34,9 @@ async fn turn() -> MutexGuard<'static, ()> {
 struct Held {
     descriptors: usize,
     threads: usize,
-    /// Loop devices over this process's files, and what stands under `/run/ulio` about its devices.
+    mounts: usize,
+    /// Loop devices over this process's files, NBD devices of its name, all ublk devices where those are nobody else's, and what
+    /// stands under `/run/ulio` about its devices.
     traces: Vec<String>,
 }
 
@@ -50,6 +52,17 @@ impl Held {
             {
                 traces.push(file);
             }
+            let backend = fs::read_to_string(entry.path().join("backend"));
+            if let Ok(backend) = backend
+                && backend.starts_with(&format!("userland-io {mine}"))
+            {
+                traces.push(backend);
+            }
+        }
+        if std::env::var_os("ULIO_GUEST").is_some() {
+            let devices = fs::read_dir("/sys/class/ublk-char").into_iter().flatten();
+            let names = devices.flatten().map(|entry| entry.file_name());
+            traces.extend(names.map(|name| name.to_string_lossy().into_owned()));
         }
         for entry in fs::read_dir("/run/ulio").into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -60,6 +73,14 @@ impl Held {
         Held {
             descriptors: count("/proc/self/fd"),
             threads: count("/proc/self/task"),
+            mounts: match std::env::var_os("ULIO_GUEST") {
+                Some(_) => fs::read_to_string("/proc/self/mounts")
+                    .unwrap()
+                    .lines()
+                    .count(),
+                // Others mount, too.
+                None => 0,
+            },
             traces,
         }
     }
@@ -112,6 +133,7 @@ async fn cycles(count: usize) {
         let after = Held::now();
         if after.descriptors <= before.descriptors
             && after.threads <= before.threads
+            && after.mounts <= before.mounts
             && after.traces.is_empty()
         {
             break;
@@ -125,6 +147,13 @@ async fn cycles(count: usize) {
     let grown = resident().saturating_sub(memory);
     let most = (1 << 20) + count * (16 << 10);
     assert!(grown < most, "{grown} bytes more after {count} cycles");
+    eprintln!(
+        "{}: {count} cycles; {} descriptors, {} threads, {} KiB more than before",
+        attach::via(),
+        Held::now().descriptors.saturating_sub(before.descriptors),
+        Held::now().threads.saturating_sub(before.threads),
+        grown >> 10
+    );
 }
 
 #[tokio::test]

@@ -267,6 +267,30 @@ mod tests {
         assert_eq!(Record::parse("17-3", &early.text()), Some(early));
     }
 
+    /// As 0.1.0 wrote it: a newer program has to know the device that an older one left.
+    #[test]
+    fn the_first_versions_records_are_read() {
+        let text = "pid 16157\nstarted 140732\nvia ublk\nsize 67108864\nread_only false\nrecoverable true\n\
+                    label file:/srv/disk.img,size=64M\ndevice /dev/ublkb0\nway-index 0\nway-identity 4711\n";
+        let record = Record::parse("16157-0", text).unwrap();
+        assert_eq!(
+            (record.via, record.pid, record.started),
+            (Via::Ublk, 16157, 140_732)
+        );
+        assert_eq!(record.device.as_deref(), Some(Path::new("/dev/ublkb0")));
+        assert_eq!(
+            (record.size, record.read_only, record.recoverable),
+            (64 << 20, false, true)
+        );
+        assert_eq!(record.label, "file:/srv/disk.img,size=64M");
+        let noted = ["index", "identity"].map(|key| record.remains(key));
+        assert_eq!(noted, [Some("0"), Some("4711")]);
+        assert_eq!(record.identifier(), "userland-io 16157-0 140732");
+        // What a later one adds does no harm.
+        let later = text.replace("via ublk", "shape round\nvia ublk");
+        assert_eq!(Record::parse("16157-0", &later), Some(record));
+    }
+
     #[test]
     fn what_is_no_record_is_not_taken_for_one() {
         for text in ["", "pid x\n", "pid 1\nstarted 2\nvia smoke\nsize 3\n"] {
