@@ -30,6 +30,7 @@ const SUITES: &[Suite] = &[
     uml("kernel_nbd_export", &[]),
     of_ulio(uml("attach", UBLK)),
     of_ulio(uml("attach", NBD)),
+    of_ulio(uml("attach", FUSE)),
     of_ulio(uml("attach_ways", UBLK)),
     of_ulio(uml("attach_ways", NBD)),
     of_ulio(uml("attach_recovery", UBLK)),
