@@ -127,6 +127,7 @@ fn files(dir: &Path, direct: bool) {
     let path = dir.join("disk.img");
     let path = path.display();
     each(&[&format!("file:{path},size=150K")], 40);
+    each(&[&format!("file:{path},aio=threads")], 25);
     if direct {
         each(
             &[

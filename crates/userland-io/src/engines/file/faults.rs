@@ -189,7 +189,9 @@ async fn disk(size: u64) -> (TempDir, Faulty, File) {
     let place = tempfile::tempdir().unwrap();
     let faulty = Faulty::default();
     let open = File::open(place.path().join("disk.img")).size(size);
-    let disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
+    let mut disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
+    // Also where temporary files are in memory.
+    Arc::get_mut(&mut disk.image).unwrap().never_waits = false;
     (place, faulty, disk)
 }
 

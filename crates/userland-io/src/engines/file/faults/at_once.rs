@@ -7,7 +7,6 @@ use super::*;
 async fn refusing(size: u64) -> (TempDir, Faulty, File) {
     let (place, faulty, mut disk) = disk(size).await;
     let image = Arc::get_mut(&mut disk.image).unwrap();
-    image.never_waits = false;
     image.at_once = Some(AtOnce::new());
     faulty.inject(Call::WriteCached, [Fault::Errno(EOPNOTSUPP)]);
     write(&disk, 0, &vec![1; size as usize], NONE)

@@ -82,3 +82,15 @@ async fn a_panic_reaches_one_who_shares_the_sync_and_an_error_the_others() {
     assert_eq!((panics, errors), (1, 2));
     disk.flush().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_flush_of_what_is_in_memory_is_made_at_once_and_can_still_fail() {
+    let (_place, faulty, mut disk) = disk(1 << 20).await;
+    Arc::get_mut(&mut disk.image).unwrap().never_waits = true;
+    disk.flush().await.unwrap();
+    assert!(faulty.was_made_here(Call::Sync));
+    faulty.inject(Call::Sync, [Fault::Errno(EIO)]);
+    assert_eq!(disk.flush().await.unwrap_err().errno(), EIO);
+    assert_eq!(disk.flush().await.unwrap_err().kind(), ErrorKind::Io);
+    assert_eq!(faulty.count(Call::Sync), 2);
+}
