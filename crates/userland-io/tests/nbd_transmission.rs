@@ -210,6 +210,34 @@ async fn what_finishes_first_is_answered_first() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn writes_that_wait_keep_their_bytes_while_others_come() {
+    const COUNT: u64 = 200;
+    let (rig, device) = rig(MIB as u64).await;
+    let gate = Arc::new(Semaphore::new(0));
+    *rig.gate.lock().unwrap() = Some(gate.clone());
+    let mut peer = Peer::new(&device, session(MODES[0], MIB as u64));
+    // Several times what is received at once, and twice, so that what was held is received into again.
+    for round in 0..2_u8 {
+        let data = |i: u64| pattern(i as u8 ^ round, i, 4000);
+        for i in 0..COUNT {
+            let offset = i * 4096;
+            peer.send(cmd::WRITE, NONE, offset, 4000, &data(i)).await;
+        }
+        while rig.in_flight.load(SeqCst) < COUNT as usize {
+            tokio::task::yield_now().await;
+        }
+        gate.add_permits(COUNT as usize);
+        for _ in 0..COUNT {
+            assert_eq!(peer.receive().await.1.error, 0);
+        }
+        for i in 0..COUNT {
+            assert!(peer.read(i * 4096, 4000).await.data == data(i), "{i}");
+        }
+    }
+    peer.leave().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn disc_finishes_what_is_in_flight_and_answers_it() {
     for mode in MODES {
         let (rig, device) = rig(MIB as u64).await;

@@ -1,6 +1,7 @@
 //! Runs one request against the device, to its end.
 
 use super::super::session::Session;
+use super::input::Received;
 use super::pool::Buffer;
 use super::request::{Command, Request};
 use super::status::{self, Status};
@@ -16,6 +17,8 @@ pub(super) struct Job {
     pub(super) request: Request,
     /// What is to be written, the memory to read into, or the contexts selected.
     pub(super) buffer: Option<Buffer>,
+    /// What is to be written, instead, if it stays where it was received.
+    pub(super) received: Option<Received>,
     /// Ask for holes before reading.
     pub(super) ask: bool,
     /// What the request took from the connection's account beside its buffer.
@@ -78,10 +81,16 @@ pub(super) async fn run<E: Engine>(device: &Device<E>, session: &Session, mut jo
             .read(&mut ReadBuf::new(buffer), request.offset)
             .await
             .map(|()| Outcome::Data),
-        (Command::Write(flags), Some(buffer)) => device
-            .write(&WriteBuf::new(buffer), request.offset, flags)
-            .await
-            .map(|()| Outcome::Plain),
+        (Command::Write(flags), buffer) => {
+            match job.received.as_deref().or(buffer.as_deref()) {
+                Some(bytes) => device
+                    .write(&WriteBuf::new(bytes), request.offset, flags)
+                    .await
+                    .map(|()| Outcome::Plain),
+                // Of no bytes: there is nothing to do.
+                None => Ok(Outcome::Plain),
+            }
+        }
         (Command::Flush, _) => device.flush().await.map(|()| Outcome::Plain),
         (Command::Trim { fua }, _) => trim(device, range, fua).await.map(|()| Outcome::Plain),
         (Command::Cache, _) => device.prefetch(range).await.map(|()| Outcome::Plain),
@@ -108,8 +117,7 @@ pub(super) async fn run<E: Engine>(device: &Device<E>, session: &Session, mut jo
                 .await
                 .map(Outcome::Status)
         }
-        // Of no bytes: there is nothing to do.
-        (Command::Read { .. } | Command::Write(_), None) => Ok(Outcome::Plain),
+        (Command::Read { .. }, None) => Ok(Outcome::Plain),
     };
     Done {
         job,

@@ -7,7 +7,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::input;
+use super::input::Memory;
 use super::output::Output;
 use super::pool::Pool;
 
@@ -20,7 +20,7 @@ const MOST_BYTES: usize = 8 << 20;
 #[derive(Debug)]
 pub(super) struct Kit {
     /// Where requests are received.
-    pub(super) input: Box<[u8]>,
+    pub(super) input: Memory,
     /// Buffers of requests.
     pub(super) pool: Pool,
     /// Where replies are gathered.
@@ -31,7 +31,7 @@ impl Kit {
     /// A new one. Memory is not touched before it is needed.
     fn new() -> Self {
         Kit {
-            input: vec![0; input::CAPACITY].into(),
+            input: Memory::new(),
             pool: Pool::new(),
             output: Output::new(),
         }
@@ -101,11 +101,12 @@ mod tests {
     fn what_was_used_last_is_used_next() {
         let kits = Kits::default();
         let (mut first, second) = (kits.take(), kits.take());
-        first.input[0] = 1;
+        let marked = first.pool.take(1);
+        first.pool.give(marked);
         kits.give(second);
         kits.give(first);
-        assert_eq!(kits.take().input[0], 1);
-        assert_eq!(kits.take().input[0], 0);
+        assert_eq!(kits.take().pool.idle_bytes(), 4096);
+        assert_eq!(kits.take().pool.idle_bytes(), 0);
         assert_eq!(kits.lock().kits.len(), 0);
     }
 

@@ -3,8 +3,8 @@
 //! One task serves one connection, and spawns nothing. One receive brings many
 //! requests (`input`); each is checked (`request`), started in a slot and polled
 //! once at once (`command`); replies gather (`reply`, `output`) and go out
-//! together when the input is used up or enough of them wait. Buffers come from a
-//! `pool`, so that a request allocates nothing, and who rests lends what it works with to others (`kits`). With nothing to do it stays awake for
+//! together when the input is used up or enough of them wait. A short write stays where it was
+//! received; other bytes are in buffers of a `pool`, so that a request allocates nothing, and who rests lends what it works with to others (`kits`). With nothing to do it stays awake for
 //! the next request a little (`linger`) before it sleeps. `connection` is that loop.
 //!
 //! Requests finish in any order. What is in flight is bounded in number and in bytes
@@ -57,9 +57,7 @@ pub async fn run<S: Socket, E: Engine>(
     let mut connection = Connection::new(stream, input, &session, &environment, |job| {
         command::run(&device, &session, job)
     });
-    if session.replies != super::session::ReplyMode::Simple {
-        connection.look_for_holes(device.geometry().features);
-    }
+    connection.suit(&device.geometry());
     let mut shutdown = pin!(shutdown.wait());
     let mut is_stopping = false;
     poll_fn(|cx| {

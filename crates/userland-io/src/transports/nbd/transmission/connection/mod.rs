@@ -28,7 +28,7 @@ use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
 use super::request::{self, Command, Refusal, Request, Tag};
 use super::status;
-use crate::{Features, Slots};
+use crate::{Features, Geometry, Slots};
 use leaving::{Farewell, State};
 
 /// No request is started while so many bytes wait to be sent, in the case that every request
@@ -63,6 +63,8 @@ pub(super) struct Connection<'a, S, F, G> {
     /// Long reads and new requests take turns.
     is_long_reads_turn: bool,
     holes: Option<Holes>,
+    /// What is written may stay where it was received.
+    writes_in_place: bool,
     linger: Linger,
     phase: Phase,
     state: State,
@@ -142,6 +144,7 @@ where
             long_reads: VecDeque::new(),
             is_long_reads_turn: false,
             holes: None,
+            writes_in_place: false,
             linger: Linger::new(environment.chairs.clone()),
             phase: Phase::Header,
             state: State::Serving,
@@ -157,11 +160,15 @@ where
         }
     }
 
-    /// Asks an engine that has `EXTENTS` where reads can be left out.
-    pub(super) fn look_for_holes(&mut self, features: Features) {
-        if features.contains(Features::EXTENTS) {
+    /// Does as is best for a disk of `geometry`.
+    pub(super) fn suit(&mut self, geometry: &Geometry) {
+        // Which parts of a read are holes only chunks can tell.
+        let has_chunks = self.session.replies != ReplyMode::Simple;
+        if has_chunks && geometry.features.contains(Features::EXTENTS) {
             self.holes = Some(Holes::default());
         }
+        // A payload begins anywhere in what was received.
+        self.writes_in_place = geometry.memory_alignment <= 1;
     }
 
     /// Takes no more requests, and gives those in flight the grace period.
@@ -256,6 +263,7 @@ where
         self.start(Job {
             request: Request { length, ..whole },
             buffer,
+            received: None,
             ask,
             charge: 0,
             rest: whole.length - length,
@@ -388,6 +396,21 @@ where
             return Poll::Pending;
         }
         self.input.consume(header_length);
+        if self.writes_in_place
+            && length > 0
+            && let Command::Write(_) = request.command
+            && let Some(received) = self.input.share(length)
+        {
+            self.start(Job {
+                request,
+                buffer: None,
+                received: Some(received),
+                ask: false,
+                charge: bytes,
+                rest: 0,
+            });
+            return Poll::Ready(());
+        }
         let buffer = (length > 0).then(|| self.pool.take(length));
         match buffer {
             Some(buffer) if payload > 0 => {
@@ -404,6 +427,7 @@ where
                 self.start(Job {
                     request,
                     buffer,
+                    received: None,
                     ask,
                     charge,
                     rest: 0,
@@ -424,6 +448,7 @@ where
             self.start(Job {
                 request,
                 buffer: Some(buffer),
+                received: None,
                 ask: false,
                 charge,
                 rest: 0,
