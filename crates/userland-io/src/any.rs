@@ -31,6 +31,7 @@ type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 trait DynEngine: Send + Sync + 'static {
     fn geometry(&self) -> Geometry;
     fn read<'a>(&'a self, buf: &'a mut ReadBuf<'_>, offset: u64) -> Boxed<'a, Result>;
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8]));
     fn write<'a>(
         &'a self,
         buf: &'a WriteBuf<'_>,
@@ -59,6 +60,9 @@ impl<E: Engine> DynEngine for E {
     }
     fn read<'a>(&'a self, buf: &'a mut ReadBuf<'_>, offset: u64) -> Boxed<'a, Result> {
         Box::pin(Engine::read(self, buf, offset))
+    }
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        Engine::lend(self, range, to);
     }
     fn write<'a>(
         &'a self,
@@ -109,6 +113,9 @@ impl Engine for AnyEngine {
     }
     async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
         self.0.read(buf, offset).await
+    }
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        self.0.lend(range, to);
     }
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
         self.0.write(buf, offset, flags).await

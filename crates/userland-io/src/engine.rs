@@ -61,6 +61,15 @@ pub trait Engine: Send + Sync + 'static {
     /// On an error the content of `buf` means nothing.
     fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> impl Future<Output = Result> + Send;
 
+    /// Shows `to` the bytes of `range` where they are, if they are in memory and nothing has to be waited for: calls it once,
+    /// with all of them, or not at all. A transport that sends them spares a copy so. It is a read of `range` that takes
+    /// effect during the call. `to` only copies, so a lock may be held meanwhile.
+    ///
+    /// If left out: never, and everybody reads. A layer that leaves it out is safe, since nothing passes it by.
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        let _ = (range, to);
+    }
+
     /// Stores all of `buf` at `offset`; durable on return if `flags` has `FUA`,
     /// which arrives only where [`Features::FUA`](crate::Features::FUA) is claimed.
     ///

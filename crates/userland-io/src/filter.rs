@@ -15,7 +15,8 @@ use crate::{
 /// A layer that changes some operations and forwards the rest to [`lower`](Self::lower).
 ///
 /// Every `Filter` is an [`Engine`]. See there for what each operation means; the
-/// doc of each here says only what happens if it is left out.
+/// doc of each here says only what happens if it is left out. What lies below is never
+/// [lent](Engine::lend) through one: a filter's own `read` would be passed by.
 pub trait Filter: Send + Sync + 'static {
     /// The engine below.
     type Lower: Engine;

@@ -73,6 +73,9 @@ impl Engine for Recorder {
         buf.fill(offset as u8 ^ 0x5a);
         self.note(Call::Read(offset..offset + buf.len() as u64))
     }
+    fn lend(&self, range: Range<u64>, _: &mut dyn FnMut(&[u8])) {
+        panic!("{range:?} would pass the layer by");
+    }
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
         let bytes = buf.as_slice().unwrap_or_default().to_vec();
         self.note(Call::Write(bytes, offset, flags))
@@ -175,6 +178,8 @@ async fn every_question_arrives_and_its_answer_comes_back() {
         let expected = Call::Read(shift + 1536..shift + 2560);
         assert_eq!(below.take(), [expected], "{name}");
         assert_eq!(bytes, [(shift + 1536) as u8 ^ 0x5a; 1024], "{name}");
+
+        above.lend(512..1024, &mut |_| ());
 
         let mut runs = Extents::new(8);
         above.extents(512..4096, &mut runs).await.unwrap();

@@ -1,5 +1,6 @@
 //! The request loop of the NBD server: what requests do, in each mode of replies.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use userland_io::transports::nbd::wire::{CommandFlags, cmd};
-use userland_io::{Device, Features};
+use userland_io::{AnyEngine, Device, Engine, Features, Geometry, ReadBuf, Result};
 
 #[path = "common/nbd_peer.rs"]
 mod nbd_peer;
@@ -235,6 +236,37 @@ async fn writes_that_wait_keep_their_bytes_while_others_come() {
         }
     }
     peer.leave().await;
+}
+
+/// Reads as ones, and lends twos.
+struct Lender;
+
+impl Engine for Lender {
+    fn geometry(&self) -> Geometry {
+        Geometry::read_only(MIB as u64)
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, _: u64) -> Result {
+        buf.fill(1);
+        Ok(())
+    }
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        if range.start > 0 {
+            to(&vec![2; (range.end - range.start) as usize]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn short_reads_are_answered_with_what_is_lent() {
+    for mode in MODES {
+        let device = Device::open(AnyEngine::new(Lender)).await.unwrap();
+        let mut peer = Peer::new(&device, session(mode, MIB as u64));
+        assert_eq!(peer.read(1, 4096).await.data, [2; 4096]);
+        assert_eq!(peer.read(0, 4096).await.data, [1; 4096], "not lent");
+        assert_eq!(peer.read(1, 4097).await.data, [1; 4097], "not short");
+        assert_eq!(peer.read(MIB as u64 - 1, 1).await.data, [2]);
+        peer.leave().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -32,6 +32,7 @@ use locks::{Guard, RangeLocks};
 ///   (of which pieces before the refused one may have been zeroed);
 /// * `discard` arrives only where claimed, in whole granules: else `Unsupported`, or trimmed;
 /// * `extents` and `status` arrive only where there are any;
+/// * `lend` arrives only for what a single `read` could get;
 /// * nothing arrives after `close`: `Shutdown`.
 ///
 /// A `flush` always reaches the engine of a writable disk; where the claims leave it nothing to do, an
@@ -233,6 +234,24 @@ impl<E: Engine> Engine for Checked<E> {
             self.engine.read(&mut buf.slice(part), piece.start).await?;
         }
         Ok(())
+    }
+
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        let Ok(range) = self.open().and_then(|()| self.valid(range)) else {
+            return;
+        };
+        let len = range.end - range.start;
+        if len == 0 || len > limit(self.facts.max_transfer) || !self.is_aligned(&range) {
+            return;
+        }
+        let mut lent = false;
+        self.engine.lend(range, &mut |bytes| {
+            // Once, and all of it: whoever asked has promised as much already.
+            if !lent && bytes.len() as u64 == len {
+                lent = true;
+                to(bytes);
+            }
+        });
     }
 
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {

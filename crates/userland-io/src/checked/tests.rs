@@ -178,6 +178,44 @@ async fn what_lies_outside_never_arrives() {
     assert_eq!(engine.calls(), []);
 }
 
+/// Lends what it was told to, whatever it is asked for.
+struct Lender(Geometry, Vec<&'static [u8]>);
+
+impl Engine for Lender {
+    fn geometry(&self) -> Geometry {
+        self.0
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, _: u64) -> Result {
+        buf.fill(0);
+        Ok(())
+    }
+    fn lend(&self, _: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        self.1.iter().for_each(|bytes| to(bytes));
+    }
+}
+
+#[tokio::test]
+async fn what_is_lent_is_what_was_asked_for_and_comes_once() {
+    let mut geometry = Geometry::read_only(100);
+    geometry.max_transfer = 8;
+    let lent = |disk: &Checked<Lender>, range| {
+        let mut lent = Vec::new();
+        disk.lend(range, &mut |bytes| lent.push(bytes.to_vec()));
+        lent
+    };
+    let disk = Checked::new(Lender(geometry, vec![b"a", b"four", b"more"])).unwrap();
+    assert_eq!(lent(&disk, 96..100), [b"four"]);
+    for range in [97..101, 90..99, 4..4, Range { start: 5, end: 1 }] {
+        assert!(lent(&disk, range.clone()).is_empty(), "{range:?}");
+    }
+    geometry.logical_block_size = 4;
+    let disk = Checked::new(Lender(geometry, vec![b"four"])).unwrap();
+    assert!(lent(&disk, 2..6).is_empty(), "of two blocks");
+    assert_eq!(lent(&disk, 8..12), [b"four"]);
+    disk.close().await.unwrap();
+    assert!(lent(&disk, 8..12).is_empty(), "closed");
+}
+
 #[tokio::test]
 async fn what_is_empty_is_answered_at_the_edge() {
     let mut geometry = blocks();

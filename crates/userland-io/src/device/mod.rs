@@ -174,6 +174,19 @@ impl<E: Engine> Device<E> {
         self.inner.monitor.run(Op::Read, offset, len, reading).await
     }
 
+    /// See [`Engine::lend`]. True if `to` was called.
+    pub fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) -> bool {
+        let (offset, len) = place(&range);
+        self.inner.monitor.lend(offset, len, || {
+            let mut lent = false;
+            self.inner.engine.lend(range, &mut |bytes| {
+                lent = true;
+                to(bytes);
+            });
+            lent
+        })
+    }
+
     /// See [`Engine::write`].
     pub async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
         self.writable()?;

@@ -33,6 +33,19 @@ impl Monitor {
         }
     }
 
+    /// Counts a read that `call` makes of `len` bytes from `offset`, if it answers that it did.
+    pub(super) fn lend(&self, offset: u64, len: u64, call: impl FnOnce() -> bool) -> bool {
+        let start = is_sampled().then(Instant::now);
+        // After a panic nothing was lent; the read that follows will tell of it.
+        let lent = catch_unwind(AssertUnwindSafe(call)).unwrap_or(false);
+        if lent {
+            let took = start.map(|start| start.elapsed());
+            self.counters.count(Op::Read, Some(len), took, false);
+            report(Op::Read, offset, len, &Ok(()), took);
+        }
+        lent
+    }
+
     /// Fails once a mutation or a flush has panicked.
     pub(super) fn healthy(&self) -> Result {
         match self.poisoned.load(Ordering::Acquire) {

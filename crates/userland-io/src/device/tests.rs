@@ -124,6 +124,21 @@ async fn only_the_last_handle_closes_and_it_reports() {
 }
 
 #[tokio::test]
+async fn what_is_lent_counts_as_read() {
+    let device = Device::open(Memory::new(1 << 20)).await.unwrap();
+    let page = [7; 4096];
+    let page = WriteBuf::new(&page);
+    device.write(&page, 0, WriteFlags::empty()).await.unwrap();
+    let mut bytes = Vec::new();
+    assert!(device.lend(0..512, &mut |lent| bytes.extend_from_slice(lent)));
+    assert!(!device.lend(1 << 19..1 << 20, &mut |_| panic!("never written")));
+    assert_eq!(bytes, [7; 512]);
+    let stats = device.stats();
+    let read = stats.of(Op::Read);
+    assert_eq!((read.ops, read.bytes, read.errors), (1, 512, 0));
+}
+
+#[tokio::test]
 async fn a_panic_in_a_read_fails_that_read_alone() {
     let device = Device::open(Puppet::new(writable(CrashLevel::Flush)))
         .await

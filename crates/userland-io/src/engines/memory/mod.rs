@@ -209,6 +209,18 @@ impl Engine for Memory {
         Ok(())
     }
 
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        let len = range.end - range.start;
+        let part = within(range.start, len);
+        if part.len() as u64 == len
+            && self.check(range.start, len).is_ok()
+            && let Ok(chunk) = self.table.find(range.start / CHUNK as u64)
+            && let Some(bytes) = chunk.read().bytes()
+        {
+            to(&bytes[part]);
+        }
+    }
+
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Result {
         self.check(offset, buf.len() as u64)?;
         for turn in turns(buf.len()) {
@@ -310,6 +322,25 @@ mod tests {
         assert!(back[100..back.len() - 100] == bytes[..]);
         assert_eq!((back[99], back[back.len() - 100]), (0, 0));
         assert_eq!(disk.allocated(), 4 * C);
+    }
+
+    #[tokio::test]
+    async fn what_lies_in_one_chunk_is_lent_and_holes_are_not() {
+        let disk = Memory::new(4 * C);
+        let bytes: Vec<u8> = (0..2 * CHUNK).map(|i| (i / 7) as u8).collect();
+        disk.write(&WriteBuf::new(&bytes), 0, WriteFlags::empty())
+            .await
+            .unwrap();
+        let lent = |range| {
+            let mut lent = None;
+            disk.lend(range, &mut |bytes| lent = Some(bytes.to_vec()));
+            lent
+        };
+        assert_eq!(lent(C - 100..C).unwrap(), bytes[CHUNK - 100..CHUNK]);
+        assert_eq!(lent(C - 100..C + 1), None, "of two chunks");
+        assert_eq!(lent(3 * C..3 * C + 1), None, "never written");
+        disk.resize(C);
+        assert_eq!(lent(C..C + 1), None, "beyond the end");
     }
 
     #[tokio::test]

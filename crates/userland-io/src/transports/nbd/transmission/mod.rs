@@ -2,10 +2,10 @@
 //!
 //! One task serves one connection, and spawns nothing. One receive brings many
 //! requests (`input`); each is checked (`request`), started in a slot and polled
-//! once at once (`command`); replies gather (`reply`, `output`) and go out
-//! together when the input is used up or enough of them wait. A short write stays where it was
-//! received; other bytes are in buffers of a `pool`, so that a request allocates nothing, and who rests lends what it works with to others (`kits`). With nothing to do it stays awake for
-//! the next request a little (`linger`) before it sleeps. `connection` is that loop.
+//! once at once (`command`), but for a short read of what the engine has in memory, which is answered there and then; replies gather
+//! (`reply`, `output`) and go out together when the input is used up or enough of them wait. A short write stays where it was
+//! received; other bytes are in buffers of a `pool`, so that a request allocates nothing, and who rests lends what it works with
+//! to others (`kits`). With nothing to do it stays awake for the next request a little (`linger`) before it sleeps. `connection` is that loop.
 //!
 //! Requests finish in any order. What is in flight is bounded in number and in bytes
 //! (`budget`); beyond that, and while a slow reader leaves replies unsent, no request is taken.
@@ -25,6 +25,7 @@ mod status;
 
 use std::future::{Future, poll_fn};
 use std::io;
+use std::ops::Range;
 use std::pin::pin;
 
 pub use budget::Budget;
@@ -54,9 +55,9 @@ pub async fn run<S: Socket, E: Engine>(
     environment: Environment,
 ) -> io::Result<()> {
     let mut shutdown = environment.shutdown.clone();
-    let mut connection = Connection::new(stream, input, &session, &environment, |job| {
-        command::run(&device, &session, job)
-    });
+    let lend = |range: Range<u64>, to: &mut dyn FnMut(&[u8])| device.lend(range, to);
+    let run = |job| command::run(&device, &session, job);
+    let mut connection = Connection::new(stream, input, &session, &environment, run, &lend);
     connection.suit(&device.geometry());
     let mut shutdown = pin!(shutdown.wait());
     let mut is_stopping = false;

@@ -49,6 +49,15 @@ impl Replies {
         out.payload(buffer)
     }
 
+    /// As [`data`](Self::data), of bytes that are copied.
+    pub(super) fn bytes(self, out: &mut Output, tag: Tag, offset: u64, bytes: &[u8]) {
+        match self.mode {
+            ReplyMode::Simple => simple(out, tag, 0),
+            _ => self.data_head(out, tag, offset, bytes.len(), true),
+        }
+        out.bytes(bytes);
+    }
+
     /// As [`data`](Self::data), where `runs` says which parts of the buffer were holes. Not for simple replies.
     pub(super) fn sparse(
         self,

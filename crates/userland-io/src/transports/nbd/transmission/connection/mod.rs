@@ -8,6 +8,7 @@ mod leaving;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
@@ -23,7 +24,7 @@ use super::holes::Holes;
 use super::input::{self, Input};
 use super::kits::{Kit, Kits};
 use super::linger::{Linger, Lingered};
-use super::output::Output;
+use super::output::{self, Output};
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
 use super::request::{self, Command, Refusal, Request, Tag};
@@ -51,6 +52,7 @@ pub(super) struct Connection<'a, S, F, G> {
     limits: &'a Limits,
     replies: Replies,
     make: G,
+    lend: &'a Lend<'a>,
     slots: Slots<F>,
     input: Input,
     output: Output,
@@ -81,6 +83,9 @@ pub(super) struct Connection<'a, S, F, G> {
     /// The stream's end has been seen, before everything in front of it was taken.
     has_ended: bool,
 }
+
+/// Shows bytes of a range that are in memory, and answers whether it did: see [`Device::lend`](crate::Device::lend).
+type Lend<'a> = dyn Fn(Range<u64>, &mut dyn FnMut(&[u8])) -> bool + Sync + 'a;
 
 /// What the next bytes are.
 #[derive(Debug)]
@@ -119,13 +124,14 @@ where
     F: Future<Output = Done>,
     G: FnMut(Job) -> F,
 {
-    /// A connection whose requests run as the futures that `make` makes.
+    /// A connection whose requests run as the futures that `make` makes, but for short reads of what `lend` has.
     pub(super) fn new(
         stream: S,
         input: Vec<u8>,
         session: &'a Session,
         environment: &'a Environment,
         make: G,
+        lend: &'a Lend<'a>,
     ) -> Self {
         let limits = &*environment.limits;
         Connection {
@@ -134,6 +140,7 @@ where
             limits,
             replies: Replies::new(session.replies),
             make,
+            lend,
             slots: Slots::new(limits.max_in_flight.max(1)),
             input: Input::new(input),
             output: Output::new(),
@@ -383,6 +390,10 @@ where
             Command::Read { .. } => request.length as usize,
             _ => payload as usize,
         };
+        if matches!(request.command, Command::Read { .. }) && self.read_at_once(&request) {
+            self.input.consume(header_length);
+            return Poll::Ready(());
+        }
         let charge = match request.command {
             Command::Status { .. } => {
                 self.session.contexts.len()
@@ -435,6 +446,19 @@ where
             }
         }
         Poll::Ready(())
+    }
+
+    /// Answers a short read with what the engine has in memory. False if it has to be asked.
+    fn read_at_once(&mut self, request: &Request) -> bool {
+        // A longer one is sent from a buffer of its own.
+        if request.length > output::COPIED as u64 {
+            return false;
+        }
+        let (replies, out) = (self.replies, &mut self.output);
+        let (tag, offset) = (request.tag, request.offset);
+        (self.lend)(offset..offset + request.length, &mut |bytes| {
+            replies.bytes(out, tag, offset, bytes);
+        })
     }
 
     fn start_with_payload(&mut self) {
