@@ -4,12 +4,13 @@
 //! is to send, receive if something more is wanted; and sleep when a round moves nothing.
 
 mod leaving;
+mod receiving;
 
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::ops::Range;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::time::{Instant, Sleep};
@@ -21,9 +22,9 @@ use super::super::wire::{self, cmd};
 use super::budget::Account;
 use super::command::{Done, Job, Outcome};
 use super::holes::Holes;
-use super::input::{self, Input};
+use super::input::Input;
 use super::kits::{Kit, Kits};
-use super::linger::{Linger, Lingered};
+use super::linger::Linger;
 use super::output::{self, Output};
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
@@ -40,8 +41,6 @@ const GATHERED_IN_FLIGHT: usize = 4 << 20;
 /// The rest of a payload, if at least this long, is received straight into its buffer; a shorter
 /// one comes along with the requests behind it.
 const DIRECT: usize = 32 << 10;
-/// What is received after a long payload, so that the next one is not received beside its buffer.
-const AFTER_DIRECT: usize = 4 << 10;
 /// A read longer than the longest request is answered in pieces of this many bytes.
 const PIECE: u64 = 4 << 20;
 
@@ -559,83 +558,6 @@ where
         sent > 0
     }
 
-    /// Stays awake for what is wanted, if that alone can move this connection. True if something came.
-    fn linger(&mut self, cx: &mut Context<'_>, wants: Wants) -> bool {
-        let waits_for_client = self.state == State::Serving
-            && self.slots.in_flight() == 0
-            && self.output.pending() == 0;
-        if !waits_for_client || wants == Wants::Nothing {
-            return false;
-        }
-        let (stream, input) = (&self.stream, &mut self.input);
-        let lingered = match &mut self.phase {
-            Phase::Payload { buffer, filled, .. } if wants == Wants::Payload => {
-                let lingered = self
-                    .linger
-                    .wait(|| stream.receive_now(&mut buffer[*filled..]));
-                if let Lingered::Came(came) = lingered {
-                    *filled += came;
-                }
-                lingered
-            }
-            _ => {
-                let most = most(self.was_direct);
-                let receive = || input.receive_with(most, |room| stream.receive_now(room));
-                let lingered = self.linger.wait(receive);
-                self.was_direct &= !matches!(lingered, Lingered::Came(_));
-                lingered
-            }
-        };
-        match lingered {
-            Lingered::Came(came) => {
-                self.moved_bytes += came;
-                came > 0
-            }
-            Lingered::Nothing => false,
-            Lingered::Enough => {
-                // Unlike a plain wake, this lets the runtime look after its sockets first.
-                let _ = pin!(tokio::task::yield_now()).poll(cx);
-                false
-            }
-        }
-    }
-
-    /// Receives what is wanted.
-    fn receive(&mut self, cx: &mut Context<'_>, wants: Wants) -> bool {
-        if self.state != State::Serving {
-            return false;
-        }
-        let received = match (wants, &mut self.phase) {
-            (Wants::Nothing, _) => return false,
-            (Wants::Payload, Phase::Payload { buffer, filled, .. }) => {
-                self.was_direct = true;
-                let received = input::poll_receive(cx, &mut self.stream, &mut buffer[*filled..]);
-                if let Poll::Ready(Ok(came)) = received {
-                    *filled += came;
-                }
-                received
-            }
-            _ => {
-                let most = most(self.was_direct);
-                let received = self.input.poll_receive(cx, &mut self.stream, most);
-                self.was_direct &= received.is_pending();
-                received
-            }
-        };
-        match received {
-            Poll::Pending => return false,
-            Poll::Ready(Ok(0)) => {
-                if !matches!(self.phase, Phase::Header) || !self.input.bytes().is_empty() {
-                    self.result = Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                self.leave(Farewell::None);
-            }
-            Poll::Ready(Ok(came)) => self.moved_bytes += came,
-            Poll::Ready(Err(error)) => self.lose(error),
-        }
-        true
-    }
-
     fn abandon_payload(&mut self) {
         if let Phase::Payload { buffer, charge, .. } =
             std::mem::replace(&mut self.phase, Phase::Header)
@@ -663,14 +585,6 @@ where
     fn ask(&mut self, offset: u64, length: u64) -> bool {
         let holes = self.holes.as_mut();
         holes.is_some_and(|holes| holes.ask(offset, length))
-    }
-}
-
-/// How many bytes the next receive may bring.
-fn most(was_direct: bool) -> usize {
-    match was_direct {
-        true => AFTER_DIRECT,
-        false => usize::MAX,
     }
 }
 

@@ -1,0 +1,108 @@
+//! How bytes come in: received as far as they are wanted, or waited for a little before the connection sleeps.
+
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::task::{Context, Poll};
+
+use super::super::super::socket::Socket;
+use super::super::command::{Done, Job};
+use super::super::input;
+use super::super::linger::Lingered;
+use super::leaving::{Farewell, State};
+use super::{Connection, Phase, Wants};
+
+/// What is received after a long payload, so that the next one is not received beside its buffer.
+const AFTER_DIRECT: usize = 4 << 10;
+
+impl<S, F, G> Connection<'_, S, F, G>
+where
+    S: Socket,
+    F: Future<Output = Done>,
+    G: FnMut(Job) -> F,
+{
+    /// Stays awake for what is wanted, if that alone can move this connection. True if something came.
+    pub(super) fn linger(&mut self, cx: &mut Context<'_>, wants: Wants) -> bool {
+        let waits_for_client = self.state == State::Serving
+            && self.slots.in_flight() == 0
+            && self.output.pending() == 0;
+        if !waits_for_client || wants == Wants::Nothing {
+            return false;
+        }
+        let (stream, input) = (&self.stream, &mut self.input);
+        let lingered = match &mut self.phase {
+            Phase::Payload { buffer, filled, .. } if wants == Wants::Payload => {
+                let lingered = self
+                    .linger
+                    .wait(|| stream.receive_now(&mut buffer[*filled..]));
+                if let Lingered::Came(came) = lingered {
+                    *filled += came;
+                }
+                lingered
+            }
+            _ => {
+                let most = most(self.was_direct);
+                let receive = || input.receive_with(most, |room| stream.receive_now(room));
+                let lingered = self.linger.wait(receive);
+                self.was_direct &= !matches!(lingered, Lingered::Came(_));
+                lingered
+            }
+        };
+        match lingered {
+            Lingered::Came(came) => {
+                self.moved_bytes += came;
+                came > 0
+            }
+            Lingered::Nothing => false,
+            Lingered::Enough => {
+                // Unlike a plain wake, this lets the runtime look after its sockets first.
+                let _ = pin!(tokio::task::yield_now()).poll(cx);
+                false
+            }
+        }
+    }
+
+    /// Receives what is wanted.
+    pub(super) fn receive(&mut self, cx: &mut Context<'_>, wants: Wants) -> bool {
+        if self.state != State::Serving {
+            return false;
+        }
+        let received = match (wants, &mut self.phase) {
+            (Wants::Nothing, _) => return false,
+            (Wants::Payload, Phase::Payload { buffer, filled, .. }) => {
+                self.was_direct = true;
+                let received = input::poll_receive(cx, &mut self.stream, &mut buffer[*filled..]);
+                if let Poll::Ready(Ok(came)) = received {
+                    *filled += came;
+                }
+                received
+            }
+            _ => {
+                let most = most(self.was_direct);
+                let received = self.input.poll_receive(cx, &mut self.stream, most);
+                self.was_direct &= received.is_pending();
+                received
+            }
+        };
+        match received {
+            Poll::Pending => return false,
+            Poll::Ready(Ok(0)) => {
+                if !matches!(self.phase, Phase::Header) || !self.input.bytes().is_empty() {
+                    self.result = Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                self.leave(Farewell::None);
+            }
+            Poll::Ready(Ok(came)) => self.moved_bytes += came,
+            Poll::Ready(Err(error)) => self.lose(error),
+        }
+        true
+    }
+}
+
+/// How many bytes the next receive may bring.
+fn most(was_direct: bool) -> usize {
+    match was_direct {
+        true => AFTER_DIRECT,
+        false => usize::MAX,
+    }
+}
