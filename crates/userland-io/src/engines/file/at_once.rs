@@ -67,16 +67,18 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// One of the places for writes that are made at once: free again when dropped.
-struct Place;
+/// How many this process may use.
+pub(super) fn processors() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// One of the places for what may wait in a task: free again when dropped.
+pub(super) struct Place;
 
 impl Place {
-    fn take() -> Option<Place> {
+    pub(super) fn take() -> Option<Place> {
         static PLACES: OnceLock<usize> = OnceLock::new();
-        let places = *PLACES.get_or_init(|| {
-            let processors = thread::available_parallelism().map_or(1, usize::from);
-            (processors / 2).max(1)
-        });
+        let places = *PLACES.get_or_init(|| (processors() / 2).max(1));
         // Nothing is read or written under a place's protection: it only counts.
         // Lazily: a place that was not taken must not be given back.
         UNDER_WAY
@@ -104,7 +106,7 @@ mod tests {
 
     #[test]
     fn half_of_the_processors_wait_at_most() {
-        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let processors = processors();
         let all: Vec<_> = (0..4 * processors).map(|_| Place::take()).collect();
         assert!(all.iter().flatten().count() <= (processors / 2).max(1));
         assert!(all.iter().any(Option::is_none));

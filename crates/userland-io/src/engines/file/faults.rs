@@ -13,10 +13,12 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use super::alone::Alone;
 use super::sys::{Calls, Direction, Os};
 use super::{Aio, File, OpenFile};
 use crate::{Engine, ErrorKind, ExtentKind, Extents, ReadBuf, Result, WriteBuf, WriteFlags};
 
+mod alone;
 mod at_once;
 mod flushes;
 mod ring;
@@ -192,7 +194,13 @@ async fn disk(size: u64) -> (TempDir, Faulty, File) {
     let mut disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
     // Also where temporary files are in memory.
     Arc::get_mut(&mut disk.image).unwrap().never_waits = false;
+    never_here(&mut disk);
     (place, faulty, disk)
+}
+
+/// What waits for the disk is not done by this thread, which has to let go what it holds.
+fn never_here(disk: &mut File) {
+    Arc::get_mut(&mut disk.image).unwrap().alone = Alone::new(false);
 }
 
 /// What can wait for the disk here.

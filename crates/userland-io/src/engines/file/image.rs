@@ -18,6 +18,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use super::alone::Alone;
 use super::at_once::AtOnce;
 use super::extents;
 use super::sys::{Calls, Direction};
@@ -43,6 +44,8 @@ pub(super) struct Image {
     pub(super) never_waits: bool,
     /// For writes where no flag keeps them from waiting; `None` if they go to the pool.
     pub(super) at_once: Option<AtOnce>,
+    /// For what waits for the disk.
+    pub(super) alone: Alone,
     pub(super) direct: bool,
     /// What offsets and lengths of direct I/O are multiples of; 1 for buffered.
     pub(super) align: u32,

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::File;
+use super::alone::Alone;
 #[cfg(target_os = "linux")]
 use super::at_once::AtOnce;
 use super::flushes::Flushes;
@@ -264,6 +265,7 @@ impl OpenFile {
             calls,
             never_waits: in_memory,
             at_once: None,
+            alone: Alone::new(false),
             file,
             beside: None,
             geometry,
@@ -320,7 +322,10 @@ impl OpenFile {
             return Ok(None);
         }
         match Ring::new() {
-            Ok(ring) => Ok(Some(ring)),
+            Ok(ring) => {
+                tracing::info!(path = %self.path.display(), "io_uring waits for the disk");
+                Ok(Some(ring))
+            }
             Err(error) if self.aio == Aio::Uring => {
                 let text = format!("cannot have an io_uring ring ({error}): use threads");
                 Err(self.refuse(ErrorKind::Unsupported, text))
@@ -495,6 +500,7 @@ impl OpenFile {
         let is_local = image.is_device || sys::honours_durable_writes(&image.file);
         let durable = writable && is_local;
         image.at_once = (durable && !self.direct).then(AtOnce::new);
+        image.alone = Alone::new(is_local);
         if self.direct {
             image.tail_start = direct::tail_start(size, logical, unit);
         }

@@ -7,7 +7,8 @@ async fn direct(aio: Aio) -> (TempDir, Faulty, File) {
     let place = tempfile::tempdir().unwrap();
     let faulty = Faulty::default();
     let open = same_file(&place).size(4 << 20).direct(true).aio(aio);
-    let disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
+    let mut disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
+    never_here(&mut disk);
     assert_eq!(disk.ring.is_some(), aio == Aio::Uring);
     (place, faulty, disk)
 }

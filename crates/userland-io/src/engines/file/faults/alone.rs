@@ -1,0 +1,90 @@
+//! What waits for the disk while nothing else does.
+
+use super::super::alone::Crowd;
+use super::*;
+
+/// A disk for direct I/O that is alone, and has been for a while.
+async fn alone(aio: Aio) -> (TempDir, Faulty, File) {
+    let place = tempfile::tempdir().unwrap();
+    let faulty = Faulty::default();
+    let open = same_file(&place).size(1 << 20).direct(true).aio(aio);
+    let mut disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
+    let crowd = Box::leak(Box::new(Crowd::new()));
+    Arc::get_mut(&mut disk.image).unwrap().alone = Alone::among(crowd);
+    // Holes are read in no time.
+    write(&disk, 0, &[1; 8192], NONE).await.unwrap();
+    disk.flush().await.unwrap();
+    (place, faulty, disk)
+}
+
+async fn comes_to_be_here(disk: &File, faulty: &Faulty) {
+    // Tests that run beside this one may have the places, and the disk may be slow for a while.
+    let patience = Instant::now();
+    while {
+        read(disk, 0, 4096).await.unwrap();
+        !faulty.was_made_here(Call::Read)
+    } {
+        assert!(patience.elapsed() < Duration::from_secs(30), "never");
+    }
+}
+
+#[tokio::test]
+async fn what_waits_alone_is_done_here_and_is_the_same() {
+    for aio in modes() {
+        let (_place, faulty, disk) = alone(aio).await;
+        comes_to_be_here(&disk, &faulty).await;
+        let mut here = [0; 3];
+        for step in 0..500_u32 {
+            let bytes = [step as u8; 4096];
+            let flags = [NONE, WriteFlags::FUA][usize::from(step % 5 == 0)];
+            write(&disk, 8192, &bytes, flags).await.unwrap();
+            here[0] += u32::from(faulty.was_made_here(Call::Write));
+            disk.flush().await.unwrap();
+            here[1] += u32::from(faulty.was_made_here(Call::Sync));
+            assert_eq!(read(&disk, 8192, 4096).await.unwrap(), bytes);
+            here[2] += u32::from(faulty.was_made_here(Call::Read));
+        }
+        // How many of them depends on who has the places, and how quick the disk is.
+        assert!(here.iter().all(|&count| count < 500), "{here:?}");
+        faulty.inject(Call::Read, [Fault::Errno(EINTR), Fault::Errno(EIO)]);
+        assert_eq!(read(&disk, 0, 4096).await.unwrap_err().errno(), EIO);
+    }
+}
+
+#[tokio::test]
+async fn two_that_are_asked_for_together_wait_side_by_side() {
+    for aio in modes() {
+        let (_place, faulty, disk) = alone(aio).await;
+        comes_to_be_here(&disk, &faulty).await;
+        let two = async || {
+            let (one, other) = tokio::join!(read(&disk, 0, 4096), read(&disk, 4096, 4096));
+            assert_eq!(one.unwrap(), other.unwrap());
+        };
+        // One of these that goes elsewhere is met there by the next, if it has not ended by then.
+        for _ in 0..200 {
+            two().await;
+        }
+        for _ in 0..100 {
+            two().await;
+            assert!(!faulty.was_made_here(Call::Read));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_sync_that_fails_here_fails_all_that_comes() {
+    let (_place, faulty, disk) = alone(Aio::Threads).await;
+    loop {
+        comes_to_be_here(&disk, &faulty).await;
+        disk.flush().await.unwrap();
+        if faulty.was_made_here(Call::Sync) {
+            break;
+        }
+    }
+    faulty.inject(Call::Sync, [Fault::Errno(EIO)]);
+    assert_eq!(disk.flush().await.unwrap_err().errno(), EIO);
+    let syncs = faulty.count(Call::Sync);
+    assert_eq!(disk.flush().await.unwrap_err().kind(), ErrorKind::Io);
+    assert!(write(&disk, 0, &[1; 4096], NONE).await.is_err());
+    assert_eq!(faulty.count(Call::Sync), syncs);
+}
