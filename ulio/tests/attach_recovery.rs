@@ -535,11 +535,11 @@ fn a_service_manager_brings_it_back_under_a_mounted_file_system() {
         for round in 0..3 {
             fs::write(mounted.path(&format!("{round}")), part(round)).unwrap();
             kill(pid, rustix::process::Signal::KILL);
-            // It waits until the service is back.
-            let synced = fs::File::open(mounted.path(&format!("{round}"))).unwrap();
-            synced.sync_all().unwrap();
             pid = ready();
             assert_eq!(of(pid), path);
+            // What was not written yet is, now.
+            let written = fs::File::open(mounted.path(&format!("{round}"))).unwrap();
+            written.sync_all().unwrap();
         }
         for round in 0..3 {
             let file = fs::read(mounted.path(&format!("{round}"))).unwrap();
