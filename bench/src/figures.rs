@@ -98,10 +98,17 @@ impl Table {
 impl Row {
     /// The median, over the rounds, of `ours` by `theirs`: what a slow minute does to both is left out.
     pub fn ratio(&self, ours: &str, theirs: &str, each: impl Fn(&Figure) -> f64) -> Option<f64> {
-        let (ours, theirs) = (self.cells.get(ours)?, self.cells.get(theirs)?);
-        let rounds = ours.rounds.iter().zip(&theirs.rounds);
-        let ratios: Vec<f64> = rounds.map(|(a, b)| each(a) / each(b)).collect();
+        let ratios = self.ratios(ours, theirs, each);
         (!ratios.is_empty()).then(|| median(ratios))
+    }
+
+    /// Those ratios, of each round; empty if one of the two was not measured.
+    pub fn ratios(&self, ours: &str, theirs: &str, each: impl Fn(&Figure) -> f64) -> Vec<f64> {
+        let (Some(ours), Some(theirs)) = (self.cells.get(ours), self.cells.get(theirs)) else {
+            return Vec::new();
+        };
+        let rounds = ours.rounds.iter().zip(&theirs.rounds);
+        rounds.map(|(a, b)| each(a) / each(b)).collect()
     }
 }
 

@@ -19,6 +19,8 @@ pub struct Load {
     pub millis: u64,
     /// Offsets are below this, in bytes.
     pub span: u64,
+    /// The processor that fio keeps to.
+    pub cpu: Option<u32>,
 }
 
 /// What came of a load.
@@ -54,6 +56,9 @@ impl Load {
             .arg(format!("--size={}", self.span))
             .arg(format!("--runtime={}ms", self.millis))
             .args(["--time_based", "--norandommap"]);
+        if let Some(cpu) = self.cpu {
+            fio.arg(format!("--cpus_allowed={cpu}"));
+        }
         let told = run(&mut fio)?;
         let job = &told["jobs"][0];
         let side = if self.write { "write" } else { "read" };

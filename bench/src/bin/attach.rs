@@ -45,6 +45,9 @@ struct Arguments {
     /// Where the images of `ublk-file` are
     #[arg(long, default_value = "/dev/shm")]
     dir: PathBuf,
+    /// The processor that fio keeps to
+    #[arg(long)]
+    fio_cpu: Option<u32>,
     /// Files past the page cache
     #[arg(long)]
     direct: bool,
@@ -104,9 +107,13 @@ fn main() -> io::Result<()> {
     for row in &figures.rows {
         let of = |each: fn(&Figure) -> f64| row.ratio(ours, theirs, each).unwrap_or(f64::NAN);
         let (rate, cpu) = (of(|figure| figure.rate), of(|figure| figure.cpu));
+        let mut ratios = row.ratios(ours, theirs, |figure| figure.rate);
+        ratios.sort_by(f64::total_cmp);
         println!(
-            "{}: {rate:.2} x the rate, {cpu:.2} x the processor time",
-            row.work
+            "{}: {rate:.2} x the rate ({:.2} to {:.2}), {cpu:.2} x the processor time",
+            row.work,
+            ratios.first().unwrap_or(&f64::NAN),
+            ratios.last().unwrap_or(&f64::NAN)
         );
         all.push((rate, cpu));
     }
@@ -142,6 +149,7 @@ fn loads(arguments: &Arguments) -> Vec<Load> {
                 depth,
                 millis: arguments.millis,
                 span: arguments.size << 20,
+                cpu: arguments.fio_cpu,
             }));
         }
     }
@@ -195,11 +203,7 @@ impl<'a> Pair<'a> {
             .unwrap_or(Path::new(""))
             .display()
             .to_string();
-        let cache = if self.arguments.direct {
-            ",direct"
-        } else {
-            ""
-        };
+        let cache = if self.arguments.direct { ",direct" } else { "" };
         let ours = ["--via", "ublk", "--depth", "128", "--queues", &queues];
         let theirs = ["--depth", "128", "--queue", &queues];
         let rublk = &self.arguments.rublk;
