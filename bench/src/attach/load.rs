@@ -15,8 +15,10 @@ pub struct Load {
     pub block: u64,
     /// How many are in flight.
     pub depth: u32,
-    /// For how long.
+    /// For how long, in each slice.
     pub millis: u64,
+    /// How many slices each device gets.
+    pub slices: u32,
     /// Offsets are below this, in bytes.
     pub span: u64,
     /// The processor that fio keeps to.
@@ -44,13 +46,13 @@ impl Load {
         }
     }
 
-    /// Random requests to `device`, past the page cache.
+    /// Random requests past the page cache, to one of `devices` after the other in slices that go forth and back: what slows the
+    /// machine down for a while hits all of them. Answers what each of them did.
     ///
     /// # Errors
     /// If fio cannot be run, or fails.
-    pub fn run(&self, device: &Path) -> io::Result<Outcome> {
-        let kind = if self.write { "randwrite" } else { "randread" };
-        let mut fio = fio(device, kind);
+    pub fn run(&self, devices: &[&Path]) -> io::Result<Vec<Outcome>> {
+        let mut fio = fio(if self.write { "randwrite" } else { "randread" });
         fio.arg(format!("--bs={}", self.block))
             .arg(format!("--iodepth={}", self.depth))
             .arg(format!("--size={}", self.span))
@@ -59,16 +61,39 @@ impl Load {
         if let Some(cpu) = self.cpu {
             fio.arg(format!("--cpus_allowed={cpu}"));
         }
+        for slice in 0..self.slices {
+            let mut order: Vec<usize> = (0..devices.len()).collect();
+            if slice % 2 == 1 {
+                order.reverse();
+            }
+            for device in order {
+                fio.arg(format!("--name={device}"))
+                    .arg(format!("--filename={}", devices[device].display()))
+                    .arg("--stonewall");
+            }
+        }
         let told = run(&mut fio)?;
-        let job = &told["jobs"][0];
-        let side = if self.write { "write" } else { "read" };
-        let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-        let percent = number(&job["usr_cpu"]) + number(&job["sys_cpu"]);
-        Ok(Outcome {
-            rate: number(&job[side]["iops"]),
-            count: number(&job[side]["total_ios"]),
-            cpu: percent / 100.0 * number(&job["job_runtime"]) / 1e3,
-        })
+        Ok((0..devices.len()).map(|n| self.outcome(&told, n)).collect())
+    }
+
+    /// What all slices of a device come to.
+    fn outcome(&self, told: &Value, device: usize) -> Outcome {
+        let direction = if self.write { "write" } else { "read" };
+        let (mut count, mut millis, mut cpu) = (0.0, 0.0, 0.0);
+        let name = device.to_string();
+        let jobs = told["jobs"].as_array().into_iter().flatten();
+        for job in jobs.filter(|job| job["jobname"] == name.as_str()) {
+            let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+            count += number(&job[direction]["total_ios"]);
+            millis += number(&job[direction]["runtime"]);
+            let percent = number(&job["usr_cpu"]) + number(&job["sys_cpu"]);
+            cpu += percent / 100.0 * number(&job["job_runtime"]) / 1e3;
+        }
+        Outcome {
+            rate: count / millis * 1e3,
+            count,
+            cpu,
+        }
     }
 }
 
@@ -77,17 +102,17 @@ impl Load {
 /// # Errors
 /// If fio cannot be run, or fails.
 pub fn fill(device: &Path, span: u64) -> io::Result<()> {
-    let mut fio = fio(device, "write");
-    fio.args(["--bs=1M", "--iodepth=16"])
+    let mut fio = fio("write");
+    fio.args(["--name=fill", "--bs=1M", "--iodepth=16"])
+        .arg(format!("--filename={}", device.display()))
         .arg(format!("--size={span}"));
     run(&mut fio).map(drop)
 }
 
-fn fio(device: &Path, kind: &str) -> Command {
+fn fio(kind: &str) -> Command {
     let mut fio = Command::new("fio");
-    fio.args(["--name=load", "--ioengine=libaio", "--direct=1"])
-        .args(["--output-format=json", "--randrepeat=0", "--thread"])
-        .arg(format!("--filename={}", device.display()))
+    fio.args(["--ioengine=libaio", "--direct=1", "--thread"])
+        .args(["--output-format=json", "--randrepeat=0"])
         .arg(format!("--rw={kind}"))
         .stdin(Stdio::null());
     fio

@@ -10,7 +10,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bench::attach::{Device, Load, load};
+use bench::attach::{Device, Load, Outcome, load};
 use bench::figures::{Figure, Table, median};
 use bench::{machine, table};
 use clap::{Parser, ValueEnum};
@@ -24,8 +24,11 @@ struct Arguments {
     /// How often everything is measured
     #[arg(long, default_value_t = 7)]
     rounds: usize,
-    /// How long each load runs, in milliseconds
-    #[arg(long, default_value_t = 1000)]
+    /// How many slices of time each device has in a round, for each load
+    #[arg(long, default_value_t = 4)]
+    slices: u32,
+    /// How long a slice is, in milliseconds
+    #[arg(long, default_value_t = 150)]
     millis: u64,
     /// The size of the disks, in MiB
     #[arg(long, default_value_t = 256)]
@@ -93,9 +96,12 @@ fn main() -> io::Result<()> {
             // Both have all their memory, before anything is measured.
             load::fill(&devices[side].path, pair.size)?;
         }
-        for (at, load) in loads(&arguments).into_iter().enumerate() {
-            for side in order(round + at) {
-                let figure = pair.measure(&devices[side], &load)?;
+        for load in loads(&arguments) {
+            for (side, figure) in pair
+                .measure(&devices, &load, round)?
+                .into_iter()
+                .enumerate()
+            {
                 let cell = figures.cell_mut(&load.name(), load.block, pair.names()[side]);
                 cell.rounds.push(figure);
             }
@@ -148,6 +154,7 @@ fn loads(arguments: &Arguments) -> Vec<Load> {
                 block: block << 10,
                 depth,
                 millis: arguments.millis,
+                slices: arguments.slices,
                 span: arguments.size << 20,
                 cpu: arguments.fio_cpu,
             }));
@@ -249,23 +256,36 @@ impl<'a> Pair<'a> {
         }
     }
 
-    fn measure(&self, device: &Device, load: &Load) -> io::Result<Figure> {
-        let machine = self.arguments.what == What::Fuse;
-        let used = || {
-            if machine {
-                machine::busy()
-            } else {
-                device.cpu()
-            }
-        };
-        let before = used()?;
-        let outcome = load.run(&device.path)?;
-        let fio = if machine { 0.0 } else { outcome.cpu };
-        let cpu = (used()? - before + fio) * 1e6 / outcome.count;
-        Ok(Figure {
+    /// Loads both, beginning with another one each round.
+    fn measure(&self, devices: &[Device; 2], load: &Load, round: usize) -> io::Result<[Figure; 2]> {
+        let figure = |outcome: &Outcome, cpu: f64| Figure {
             rate: outcome.rate,
-            cpu,
-        })
+            cpu: cpu * 1e6 / outcome.count,
+        };
+        let mut figures = [Figure {
+            rate: f64::NAN,
+            cpu: f64::NAN,
+        }; 2];
+        let order = order(round);
+        if self.arguments.what == What::Fuse {
+            // What the kernel's threads do is nobody's: one after the other, and all that the machine does.
+            for side in order {
+                let before = machine::busy()?;
+                let outcomes = load.run(&[&devices[side].path])?;
+                let cpu = machine::busy()? - before;
+                figures[side] = figure(&outcomes[0], cpu);
+            }
+            return Ok(figures);
+        }
+        // Only one is busy at a time, so the processor time of a process that serves is all its own.
+        let of_servers = || Ok::<_, io::Error>([devices[0].cpu()?, devices[1].cpu()?]);
+        let before = of_servers()?;
+        let outcomes = load.run(&order.map(|side| &*devices[side].path))?;
+        let after = of_servers()?;
+        for (side, outcome) in order.into_iter().zip(&outcomes) {
+            figures[side] = figure(outcome, after[side] - before[side] + outcome.cpu);
+        }
+        Ok(figures)
     }
 }
 
