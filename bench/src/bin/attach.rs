@@ -10,10 +10,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bench::attach::{Device, Load, Outcome, load};
+use bench::attach::{Device, Load, Outcome, load, ready};
 use bench::figures::{Figure, Table, median};
 use bench::{machine, table};
 use clap::{Parser, ValueEnum};
+use userland_io::attach::Via;
 
 /// Compare block devices of ours with those of other programs
 #[derive(Parser)]
@@ -39,9 +40,12 @@ struct Arguments {
     /// How long requests are, in KiB
     #[arg(long, value_delimiter = ',', default_value = "4")]
     blocks: Vec<u64>,
-    /// Hardware queues of ublk devices, which have 128 tags each
+    /// Hardware queues of ublk devices
     #[arg(long, default_value_t = 1)]
     queues: u16,
+    /// How many requests a queue takes at once
+    #[arg(long, default_value_t = 128)]
+    tags: u16,
     /// How often a device is attached before that, only to be taken away again
     #[arg(long, default_value_t = 0)]
     cycles: usize,
@@ -70,74 +74,81 @@ fn main() -> io::Result<()> {
     let arguments = Arguments::parse();
     let mut about = machine::Machine::now();
     let pair = Pair::new(&arguments)?;
-    let [ours, theirs] = pair.names();
     let title = match (arguments.what, arguments.direct) {
         (What::UblkFile, true) => "direct".into(),
         (What::UblkFile, false) => "buffered".into(),
         _ => format!("{:?}", arguments.what),
     };
-    let mut figures = Table::new(title, vec![ours.into(), theirs.into()]);
-    let mut ready = [Vec::new(), Vec::new()];
+    let mut figures = Table::new(title, pair.names().map(String::from).into());
+    let via = if arguments.what == What::Fuse {
+        Via::Fuse
+    } else {
+        Via::Ublk
+    };
+    let calls = ready::times(arguments.cycles, via, arguments.queues, arguments.tags)?;
+    let mut started = [Vec::new(), Vec::new()];
     for cycle in 0..arguments.cycles {
         for side in order(cycle) {
             let device = pair.start(side)?;
-            ready[side].push(device.took.as_secs_f64() * 1e3);
+            started[side].push(device.took.as_secs_f64() * 1e3);
         }
     }
-    let rounds = if arguments.cycles == 0 {
-        arguments.rounds.max(1)
-    } else {
-        arguments.rounds
-    };
-    for round in 0..rounds {
+    for round in 0..arguments.rounds {
         let devices = [pair.start(0)?, pair.start(1)?];
         for side in [0, 1] {
-            ready[side].push(devices[side].took.as_secs_f64() * 1e3);
+            started[side].push(devices[side].took.as_secs_f64() * 1e3);
             // Both have all their memory, before anything is measured.
             load::fill(&devices[side].path, pair.size)?;
         }
         for load in loads(&arguments) {
-            for (side, figure) in pair
-                .measure(&devices, &load, round)?
-                .into_iter()
-                .enumerate()
-            {
+            let measured = pair.measure(&devices, &load, round)?;
+            for (side, figure) in measured.into_iter().enumerate() {
                 let cell = figures.cell_mut(&load.name(), load.block, pair.names()[side]);
                 cell.rounds.push(figure);
             }
         }
     }
     about.finish();
-    println!("{}", table::markdown(&figures));
-    let mut all = Vec::new();
-    for row in &figures.rows {
-        let of = |each: fn(&Figure) -> f64| row.ratio(ours, theirs, each).unwrap_or(f64::NAN);
-        let (rate, cpu) = (of(|figure| figure.rate), of(|figure| figure.cpu));
-        let mut ratios = row.ratios(ours, theirs, |figure| figure.rate);
-        ratios.sort_by(f64::total_cmp);
-        println!(
-            "{}: {rate:.2} x the rate ({:.2} to {:.2}), {cpu:.2} x the processor time",
-            row.work,
-            ratios.first().unwrap_or(&f64::NAN),
-            ratios.last().unwrap_or(&f64::NAN)
-        );
-        all.push((rate, cpu));
+    if arguments.rounds > 0 {
+        compare(&figures, pair.names());
     }
-    let mean = |each: fn(&(f64, f64)) -> f64| all.iter().map(each).sum::<f64>() / all.len() as f64;
-    println!(
-        "on average: {:.2} x the rate, {:.2} x the processor time",
-        mean(|row| row.0),
-        mean(|row| row.1)
-    );
-    for (side, ready) in ready.into_iter().enumerate() {
+    for (side, ready) in started.into_iter().enumerate() {
         let (name, count) = (pair.names()[side], ready.len());
         println!(
             "{name}: attached after {:.1} ms, program's start included ({count} times)",
             median(ready)
         );
     }
+    let count = calls.len();
+    let calls = median(calls.iter().map(|took| took.as_secs_f64() * 1e3).collect());
+    println!("attach() in a program: answers after {calls:.1} ms ({count} times)");
     println!("{}", about.describe());
     Ok(())
+}
+
+/// Prints the table, and how ours did by theirs, round by round.
+fn compare(figures: &Table, [ours, theirs]: [&str; 2]) {
+    println!("{}", table::markdown(figures));
+    let (mut rates, mut times) = (Vec::new(), Vec::new());
+    for row in &figures.rows {
+        let of = |each: fn(&Figure) -> f64| row.ratio(ours, theirs, each).unwrap_or(f64::NAN);
+        let (rate, cpu) = (of(|figure| figure.rate), of(|figure| figure.cpu));
+        let mut each = row.ratios(ours, theirs, |figure| figure.rate);
+        each.sort_by(f64::total_cmp);
+        let [low, high] = [each.first(), each.last()].map(|end| end.unwrap_or(&f64::NAN));
+        println!(
+            "{}: {rate:.2} x the rate ({low:.2} to {high:.2}), {cpu:.2} x the processor time",
+            row.work
+        );
+        rates.push(rate);
+        times.push(cpu);
+    }
+    let mean = |all: Vec<f64>| all.iter().sum::<f64>() / all.len() as f64;
+    println!(
+        "on average: {:.2} x the rate, {:.2} x the processor time",
+        mean(rates),
+        mean(times)
+    );
 }
 
 /// Who comes first: another one each time.
@@ -211,8 +222,9 @@ impl<'a> Pair<'a> {
             .display()
             .to_string();
         let cache = if self.arguments.direct { ",direct" } else { "" };
-        let ours = ["--via", "ublk", "--depth", "128", "--queues", &queues];
-        let theirs = ["--depth", "128", "--queue", &queues];
+        let tags = self.arguments.tags.to_string();
+        let ours = ["--via", "ublk", "--depth", &tags, "--queues", &queues];
+        let theirs = ["--depth", &tags, "--queue", &queues];
         let rublk = &self.arguments.rublk;
         let device = match (self.arguments.what, side) {
             (What::Fuse, 0) => Device::ulio(&["--via", "fuse", &format!("memory:{size}")]),
