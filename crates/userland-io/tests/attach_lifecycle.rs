@@ -172,7 +172,11 @@ async fn a_device_that_is_gone_is_ending_until_its_disk_is_closed() {
     let path = disk.path().to_owned();
     let states = || {
         let all = listed(std::process::id()).into_iter();
-        let of_it = all.filter(|listed| listed.path() == Some(&path));
+        // A test beside this one may have been given its path by now, and have its own name for it.
+        let own = std::thread::current().name().map(ToOwned::to_owned);
+        let of_it = all.filter(|listed| {
+            listed.path() == Some(&path) && Some(listed.label()) == own.as_deref()
+        });
         of_it.map(|listed| listed.state()).collect::<Vec<_>>()
     };
     assert_eq!(states(), [State::Running]);
