@@ -65,7 +65,7 @@ pub trait Engine: Send + Sync + 'static {
     /// with all of them, or not at all. A transport that sends them spares a copy so. It is a read of `range` that takes
     /// effect during the call. `to` only copies, so a lock may be held meanwhile.
     ///
-    /// If left out: never, and everybody reads. A layer that leaves it out is safe, since nothing passes it by.
+    /// If left out: never, and everybody reads. So does a layer that leaves it out: nothing passes its `read` by.
     fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
         let _ = (range, to);
     }

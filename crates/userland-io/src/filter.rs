@@ -15,8 +15,7 @@ use crate::{
 /// A layer that changes some operations and forwards the rest to [`lower`](Self::lower).
 ///
 /// Every `Filter` is an [`Engine`]. See there for what each operation means; the
-/// doc of each here says only what happens if it is left out. What lies below is never
-/// [lent](Engine::lend) through one: a filter's own `read` would be passed by.
+/// doc of each here says only what happens if it is left out.
 pub trait Filter: Send + Sync + 'static {
     /// The engine below.
     type Lower: Engine;
@@ -33,6 +32,12 @@ pub trait Filter: Send + Sync + 'static {
     /// See [`Engine::read`]. If left out: forwarded.
     fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> impl Future<Output = Result> + Send {
         self.lower().read(buf, offset)
+    }
+
+    /// See [`Engine::lend`]. If left out: not forwarded, since [`read`](Self::read) would be passed by. One that changes
+    /// nothing but where bytes are asks [`lower`](Self::lower).
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        let _ = (range, to);
     }
 
     /// See [`Engine::write`]. If left out: forwarded.
@@ -102,6 +107,10 @@ impl<F: Filter> Engine for F {
 
     fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> impl Future<Output = Result> + Send {
         Filter::read(self, buf, offset)
+    }
+
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        Filter::lend(self, range, to);
     }
 
     fn write(

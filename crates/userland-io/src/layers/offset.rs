@@ -104,6 +104,10 @@ impl<E: Engine> Filter for OffsetEngine<E> {
         self.lower.read(buf, self.shift(offset))
     }
 
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        self.lower.lend(self.shifted(range), to);
+    }
+
     fn write(
         &self,
         buf: &WriteBuf<'_>,

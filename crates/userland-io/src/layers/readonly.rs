@@ -44,6 +44,10 @@ impl<E: Engine> Filter for ReadOnlyEngine<E> {
         self.lower.geometry().into_read_only()
     }
 
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        self.lower.lend(range, to);
+    }
+
     // The edge above keeps mutations away; these stand for whoever passes it by.
     async fn write(&self, _: &WriteBuf<'_>, _: u64, _: WriteFlags) -> Result {
         Err(ErrorKind::ReadOnly.into())
