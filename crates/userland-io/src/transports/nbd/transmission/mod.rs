@@ -16,6 +16,7 @@ mod connection;
 mod holes;
 mod input;
 mod kits;
+mod lending;
 mod linger;
 mod output;
 mod pool;

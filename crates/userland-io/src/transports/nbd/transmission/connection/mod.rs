@@ -24,8 +24,9 @@ use super::command::{Done, Job, Outcome};
 use super::holes::Holes;
 use super::input::Input;
 use super::kits::{Kit, Kits};
+use super::lending::Lending;
 use super::linger::Linger;
-use super::output::{self, Output};
+use super::output::Output;
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
 use super::request::{self, Command, Refusal, Request, Tag};
@@ -52,6 +53,7 @@ pub(super) struct Connection<'a, S, F, G> {
     replies: Replies,
     make: G,
     lend: &'a Lend<'a>,
+    lending: Lending,
     slots: Slots<F>,
     input: Input,
     output: Output,
@@ -140,6 +142,7 @@ where
             replies: Replies::new(session.replies),
             make,
             lend,
+            lending: Lending::default(),
             slots: Slots::new(limits.max_in_flight.max(1)),
             input: Input::new(input),
             output: Output::new(),
@@ -449,15 +452,16 @@ where
 
     /// Answers a short read with what the engine has in memory. False if it has to be asked.
     fn read_at_once(&mut self, request: &Request) -> bool {
-        // A longer one is sent from a buffer of its own.
-        if request.length > output::COPIED as u64 {
+        if !self.lending.ask(request.length) {
             return false;
         }
         let (replies, out) = (self.replies, &mut self.output);
         let (tag, offset) = (request.tag, request.offset);
-        (self.lend)(offset..offset + request.length, &mut |bytes| {
+        let lent = (self.lend)(offset..offset + request.length, &mut |bytes| {
             replies.bytes(out, tag, offset, bytes);
-        })
+        });
+        self.lending.learn(lent);
+        lent
     }
 
     fn start_with_payload(&mut self) {
