@@ -4,10 +4,13 @@
 //! there and back: on a fast disk about as much as for all the rest. But a task that waits itself does nothing else
 //! meanwhile, nor takes another request. So one in [`SAMPLE`] goes the other way; if any other begins while it is under
 //! way, of whichever disk of the process, all do, until [`CALM`] in a row have met none. And the disk
-//! must be quick: on average, below [`QUICK`].
+//! must be quick: on average, below [`QUICK`]. A disk that hangs after all holds the one thread that runs the task, so
+//! there must be another that runs tasks: a runtime of several threads.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use super::at_once::{self, Place};
 
@@ -112,14 +115,23 @@ impl Alone {
     }
 }
 
+/// True if tasks have several threads to run on, of which this is one. A kernel device's queue has but its own.
+fn others_go_on() -> bool {
+    Handle::try_current().is_ok_and(|runtime| {
+        runtime.runtime_flavor() == RuntimeFlavor::MultiThread
+            && runtime.metrics().num_workers() > 1
+    })
+}
+
 fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Turn<'_> {
-    /// Makes the call here, unless there may be others, it may take long, or too many wait so already.
+    /// Makes the call here, unless there may be others, it may take long, too many wait so already, or nothing else could
+    /// go on meanwhile.
     pub(super) fn attempt<T>(&self, call: impl FnOnce() -> T) -> Option<T> {
-        if !self.alone.may_wait || !self.is_alone || !self.alone.is_quick() {
+        if !self.alone.may_wait || !self.is_alone || !self.alone.is_quick() || !others_go_on() {
             return None;
         }
         let _place = Place::take()?;

@@ -28,7 +28,7 @@ async fn comes_to_be_here(disk: &File, faulty: &Faulty) {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_waits_alone_is_done_here_and_is_the_same() {
     for aio in modes() {
         let (_place, faulty, disk) = alone(aio).await;
@@ -51,7 +51,7 @@ async fn what_waits_alone_is_done_here_and_is_the_same() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_that_are_asked_for_together_wait_side_by_side() {
     for aio in modes() {
         let (_place, faulty, disk) = alone(aio).await;
@@ -71,7 +71,7 @@ async fn two_that_are_asked_for_together_wait_side_by_side() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sync_that_fails_here_fails_all_that_comes() {
     let (_place, faulty, disk) = alone(Aio::Threads).await;
     loop {
@@ -87,4 +87,16 @@ async fn a_sync_that_fails_here_fails_all_that_comes() {
     assert_eq!(disk.flush().await.unwrap_err().kind(), ErrorKind::Io);
     assert!(write(&disk, 0, &[1; 4096], NONE).await.is_err());
     assert_eq!(faulty.count(Call::Sync), syncs);
+}
+
+/// Here the test's thread runs all tasks.
+#[tokio::test]
+async fn where_one_thread_runs_all_tasks_none_waits() {
+    for aio in modes() {
+        let (_place, faulty, disk) = alone(aio).await;
+        for _ in 0..300 {
+            read(&disk, 0, 4096).await.unwrap();
+            assert!(!faulty.was_made_here(Call::Read));
+        }
+    }
 }
