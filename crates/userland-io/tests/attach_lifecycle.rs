@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -191,6 +191,29 @@ async fn a_device_that_is_gone_is_ending_until_its_disk_is_closed() {
     seen.expect("it is never ending");
     detached.unwrap();
     assert!(!states().contains(&State::Ending));
+}
+
+/// A process that is about to be started has copies of all descriptors, also of those that look who uses a device.
+#[tokio::test]
+async fn a_program_that_starts_others_detaches_all_the_same() {
+    let is_done = Arc::new(AtomicBool::new(false));
+    let starts = std::thread::spawn({
+        let is_done = is_done.clone();
+        move || {
+            while !is_done.load(Ordering::Relaxed) {
+                let status = std::process::Command::new("true").status();
+                assert!(status.unwrap().success());
+            }
+        }
+    });
+    for _ in 0..10 {
+        let Some(mut disk) = attached(Memory::new(SIZE)).await else {
+            break;
+        };
+        disk.detach().await.unwrap();
+    }
+    is_done.store(true, Ordering::Relaxed);
+    starts.join().unwrap();
 }
 
 #[tokio::test]

@@ -175,26 +175,29 @@ impl Running for Served {
         self.identity.is_some() && ublk::identity(self.block.index()) == self.identity
     }
 
-    fn detach(&mut self, mut claimed: File) -> Pending<'_, Result<(), Undone>> {
+    fn detach(&mut self, claimed: File) -> Pending<'_, Result<(), Undone>> {
         Box::pin(async move {
             let until = Instant::now() + GLANCE;
+            let mut claimed = Ok(claimed);
             loop {
-                let error = match self.block.shutdown_claimed(claimed).await {
-                    Ok(()) => {
-                        self.block.ended().await;
-                        return Ok(());
-                    }
+                let error = match claimed {
+                    Ok(claimed) => match self.block.shutdown_claimed(claimed).await {
+                        Ok(()) => {
+                            self.block.ended().await;
+                            return Ok(());
+                        }
+                        Err(error) if error.is_refusal() => system(error),
+                        Err(error) => return Err(Undone::Ended(system(error))),
+                    },
                     Err(error) => error,
                 };
-                if !error.is_refusal() {
-                    return Err(Undone::Ended(system(error)));
-                }
-                let is_glance = matches!(error, Error::InUse(_)) && Instant::now() < until;
-                if !is_glance {
-                    return Err(Undone::Refused(system(error)));
+                let is_busy = error.kind() == io::ErrorKind::ResourceBusy;
+                if !is_busy || Instant::now() >= until {
+                    return Err(Undone::Refused(error));
                 }
                 tokio::time::sleep(STEP).await;
-                claimed = way::claim(&self.path).await.map_err(Undone::Refused)?;
+                // A process that this one is about to start may have a copy of the last claim.
+                claimed = way::claim(&self.path).await;
             }
         })
     }
