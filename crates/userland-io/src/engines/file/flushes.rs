@@ -7,8 +7,13 @@
 use std::any::Any;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
+#[cfg(not(userland_io_loom))]
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Poll, Waker};
+
+#[cfg(userland_io_loom)]
+use loom::sync::{Arc, Mutex, MutexGuard};
 
 use crate::threads::{Mark, Pool};
 use crate::{Error, ErrorKind, Result};
@@ -48,16 +53,19 @@ impl Flushes {
         pool: &Pool,
         sync: impl FnMut() -> Result<Mark> + Send + 'static,
     ) -> Result<Mark> {
-        let (mine, is_first) = {
-            let mut state = lock(&self.state);
-            let mine = state.next.get_or_insert_default().clone();
-            (mine, !std::mem::replace(&mut state.is_running, true))
-        };
+        let (mine, is_first) = self.join();
         if is_first {
             let state = self.state.clone();
             pool.spawn(move || run(&state, sync));
         }
         mine.outcome().await
+    }
+
+    /// The next sync, and whether the caller is the first to want one: then it has to see to it that they are made.
+    fn join(&self) -> (Arc<Shared>, bool) {
+        let mut state = lock(&self.state);
+        let mine = state.next.get_or_insert_default().clone();
+        (mine, !std::mem::replace(&mut state.is_running, true))
     }
 }
 
@@ -123,4 +131,55 @@ impl Shared {
 /// No code of others runs under these locks, so a poisoned one is in order.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Every interleaving of those who flush and the thread that syncs, under a model checker.
+#[cfg(all(test, userland_io_loom))]
+mod interleavings {
+    use loom::future::block_on;
+    use loom::sync::atomic::{AtomicUsize, Ordering};
+    use loom::thread;
+
+    use super::*;
+    use crate::threads::Epochs;
+
+    /// Counts writes, and those that a sync has made durable.
+    #[derive(Default)]
+    struct Disk {
+        flushes: Flushes,
+        written: AtomicUsize,
+        durable: AtomicUsize,
+    }
+
+    fn write_and_flush(disk: &Arc<Disk>) {
+        let mine = disk.written.fetch_add(1, Ordering::SeqCst) + 1;
+        let (shared, is_first) = disk.flushes.join();
+        if is_first {
+            let disk = disk.clone();
+            thread::spawn(move || {
+                run(&disk.flushes.state, || {
+                    // What is written from here on may be missed.
+                    let written = disk.written.load(Ordering::SeqCst);
+                    disk.durable.fetch_max(written, Ordering::SeqCst);
+                    Ok(Epochs::new().mark())
+                });
+            });
+        }
+        block_on(shared.outcome()).unwrap();
+        assert!(disk.durable.load(Ordering::SeqCst) >= mine, "not durable");
+    }
+
+    #[test]
+    fn no_flush_is_answered_by_a_sync_that_had_begun() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            let disk = Arc::new(Disk::default());
+            let other = disk.clone();
+            let other = thread::spawn(move || write_and_flush(&other));
+            // A flush that nobody answers leaves this waiting for ever, which the checker reports.
+            write_and_flush(&disk);
+            other.join().unwrap();
+        });
+    }
 }
