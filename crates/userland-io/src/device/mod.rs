@@ -174,17 +174,11 @@ impl<E: Engine> Device<E> {
         self.inner.monitor.run(Op::Read, offset, len, reading).await
     }
 
-    /// See [`Engine::lend`]. True if `to` was called.
+    /// See [`Engine::lend`]. True if `to` was called. A panic of the engine's after that is no failure; one of `to` goes on.
     pub fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) -> bool {
         let (offset, len) = place(&range);
-        self.inner.monitor.lend(offset, len, || {
-            let mut lent = false;
-            self.inner.engine.lend(range, &mut |bytes| {
-                lent = true;
-                to(bytes);
-            });
-            lent
-        })
+        let lending = |to: &mut dyn FnMut(&[u8])| self.inner.engine.lend(range, to);
+        self.inner.monitor.lend(offset, len, to, lending)
     }
 
     /// See [`Engine::write`].

@@ -2,13 +2,13 @@
 //! taking the server down if the engine panics.
 
 use std::future::Future;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use super::stats::{Counters, Op, is_sampled};
+use super::stats::{Counters, Op, is_next_sampled, is_sampled};
 use crate::{Error, ErrorKind, Result};
 
 /// What all requests to a device share.
@@ -33,17 +33,37 @@ impl Monitor {
         }
     }
 
-    /// Counts a read that `call` makes of `len` bytes from `offset`, if it answers that it did.
-    pub(super) fn lend(&self, offset: u64, len: u64, call: impl FnOnce() -> bool) -> bool {
-        let start = is_sampled().then(Instant::now);
-        // After a panic nothing was lent; the read that follows will tell of it.
-        let lent = catch_unwind(AssertUnwindSafe(call)).unwrap_or(false);
-        if lent {
+    /// Counts a read of `len` bytes from `offset`, if `call` shows them to `to`, and answers whether it did.
+    pub(super) fn lend(
+        &self,
+        offset: u64,
+        len: u64,
+        to: &mut dyn FnMut(&[u8]),
+        call: impl FnOnce(&mut dyn FnMut(&[u8])),
+    ) -> bool {
+        let start = is_next_sampled().then(Instant::now);
+        let (mut begun, mut ended) = (false, false);
+        let called = catch_unwind(AssertUnwindSafe(|| {
+            call(&mut |bytes| {
+                begun = true;
+                to(bytes);
+                ended = true;
+            });
+        }));
+        match called {
+            // Not the engine's panic, but the caller's own.
+            Err(panic) if begun && !ended => resume_unwind(panic),
+            // After one before it has lent anything, the read that follows will tell of it. One after that comes too late:
+            // the bytes are where they were to go, and must not go there again.
+            _ => {}
+        }
+        if ended {
+            is_sampled();
             let took = start.map(|start| start.elapsed());
             self.counters.count(Op::Read, Some(len), took, false);
             report(Op::Read, offset, len, &Ok(()), took);
         }
-        lent
+        ended
     }
 
     /// Fails once a mutation or a flush has panicked.

@@ -166,15 +166,20 @@ impl Default for OpCounters {
     }
 }
 
+thread_local! {
+    static TICK: Cell<u64> = const { Cell::new(0) };
+}
+
 /// Whether a request that is answered at once is to be timed: one in [`SAMPLE`] of each thread's.
 pub(super) fn is_sampled() -> bool {
-    thread_local! {
-        static TICK: Cell<u64> = const { Cell::new(0) };
-    }
-    TICK.with(|tick| {
-        tick.set(tick.get().wrapping_add(1));
-        tick.get().is_multiple_of(SAMPLE)
-    })
+    let is_sampled = is_next_sampled();
+    TICK.set(TICK.get().wrapping_add(1));
+    is_sampled
+}
+
+/// What [`is_sampled`] will answer next, for what may turn out to be no request.
+pub(super) fn is_next_sampled() -> bool {
+    TICK.get().wrapping_add(1).is_multiple_of(SAMPLE)
 }
 
 fn shard() -> usize {

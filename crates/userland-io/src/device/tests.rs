@@ -1,5 +1,6 @@
 //! What a device adds to its edge: the check at open, counters, the panic guard, the order of closing.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
@@ -136,6 +137,55 @@ async fn what_is_lent_counts_as_read() {
     let stats = device.stats();
     let read = stats.of(Op::Read);
     assert_eq!((read.ops, read.bytes, read.errors), (1, 512, 0));
+}
+
+/// Panics when it has lent what lies behind the first byte, and before it lends that.
+struct Lender;
+
+impl Engine for Lender {
+    fn geometry(&self) -> Geometry {
+        Geometry::read_only(4096)
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, _: u64) -> Result {
+        buf.fill(1);
+        Ok(())
+    }
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        if range.start > 0 {
+            to(&[2; 8]);
+        }
+        panic!("after all");
+    }
+}
+
+#[tokio::test]
+async fn what_is_lent_before_a_panic_is_lent_and_not_read_again() {
+    let device = Device::open(Lender).await.unwrap();
+    let mut calls = 0;
+    assert!(!device.lend(0..8, &mut |_| calls += 1));
+    assert!(device.lend(8..16, &mut |_| calls += 1));
+    assert_eq!(calls, 1);
+    assert_eq!(device.stats().of(Op::Read).ops, 1);
+    let own = catch_unwind(AssertUnwindSafe(|| {
+        device.lend(8..16, &mut |_| panic!("the caller's"))
+    }));
+    let text = own.unwrap_err().downcast::<&str>().unwrap();
+    assert_eq!(*text, "the caller's");
+}
+
+#[tokio::test]
+async fn asking_for_a_loan_in_vain_does_not_change_what_is_sampled() {
+    let device = Device::open(Memory::new(1 << 20)).await.unwrap();
+    let count = |device: &Device<Memory>| -> u64 {
+        let stats = device.stats();
+        stats.of(Op::Read).latency.iter().map(|(_, n)| n).sum()
+    };
+    for _ in 0..320 {
+        assert!(!device.lend(0..512, &mut |_| ()), "never written");
+        let mut page = [0; 512];
+        device.read(&mut ReadBuf::new(&mut page), 0).await.unwrap();
+    }
+    assert_eq!(count(&device), 320);
 }
 
 #[tokio::test]
