@@ -15,7 +15,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::alone::Alone;
@@ -30,6 +30,9 @@ pub(super) const MAX_PIECE: usize = 1 << 20;
 /// The longest buffered write in one call, in bytes. From longer ones Linux makes pages so large that ext4, which
 /// walks a list of all blocks of the page in each write, takes four times as long for the short writes that come later.
 const MAX_BUFFERED: usize = 64 << 10;
+
+/// A sync of more than this may take long, on a fast disk too, in bytes.
+const SOON_SYNCED: u64 = 1 << 20;
 
 #[derive(Debug)]
 pub(super) struct Image {
@@ -55,6 +58,8 @@ pub(super) struct Image {
     pub(super) buffers: Buffers,
     pub(super) latch: AtomicBool,
     pub(super) syncs: Epochs,
+    /// Bytes that the page cache has taken, and no sync yet: about so many.
+    pub(super) unsynced: AtomicU64,
 }
 
 /// What the file system turned out not to do, so that it is asked once.
@@ -111,10 +116,23 @@ impl Image {
     /// Writes all of `buf`.
     pub(super) fn write(&self, lane: Lane, buf: &[u8], offset: u64) -> Result {
         self.check()?;
-        Ok(self.write_with(lane, buf, offset, |file, rest, at| {
+        self.write_with(lane, buf, offset, |file, rest, at| {
             let part = self.one_call(lane, rest.len(), at);
             self.calls.write(file, &rest[..part], at)
-        })?)
+        })?;
+        if !self.direct || lane == Lane::Tail {
+            self.cache_has_taken(buf.len());
+        }
+        Ok(())
+    }
+
+    fn cache_has_taken(&self, len: usize) {
+        self.unsynced.fetch_add(len as u64, Ordering::Relaxed);
+    }
+
+    /// True if a sync has little to write.
+    pub(super) fn is_soon_synced(&self) -> bool {
+        self.unsynced.load(Ordering::Relaxed) <= SOON_SYNCED
     }
 
     /// How much of a write of `len` bytes one call is asked for.
@@ -211,10 +229,18 @@ impl Image {
     pub(super) fn sync(&self) -> Result {
         self.check()?;
         let _counted = Counted::new(&self.syncs);
-        again(|| self.calls.sync(&self.file)).map_err(|error| {
+        let unsynced = self.unsynced.load(Ordering::Relaxed);
+        if let Err(error) = again(|| self.calls.sync(&self.file)) {
             self.latch.store(true, Ordering::SeqCst);
-            error.into()
-        })
+            return Err(error.into());
+        }
+        // Of two at once, the other may have taken it off already.
+        let _ = self
+            .unsynced
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
+                Some(now.saturating_sub(unsynced))
+            });
+        Ok(())
     }
 
     /// To be awaited after a sync or a durable write succeeded, before that is believed.
@@ -307,12 +333,14 @@ impl Image {
             true => self.calls.write(&self.file, buf, offset),
             false => self.calls.write_cached(&self.file, buf, offset),
         });
-        match &self.at_once {
+        let put = match &self.at_once {
             Some(at_once) if put == 0 && self.lacks.write_cached.load(Ordering::Relaxed) => {
                 self.write_at_once(at_once, buf, offset)
             }
             _ => put,
-        }
+        };
+        self.cache_has_taken(put);
+        put
     }
 
     fn write_at_once(&self, at_once: &AtOnce, buf: &[u8], offset: u64) -> usize {

@@ -76,7 +76,7 @@ use ring::Ring;
 /// as it took. All else that waits for a disk is done by an io_uring ring or by threads ([`Aio`]).
 ///
 /// But while one operation at a time waits, over all files of the process, and for less than 1 ms on average, the task that asks
-/// does that itself, too: it costs half as much. One in 17 goes the other way, to find out whether others come meanwhile. At any
+/// does that itself, too, unless it is a flush of more than 1 MiB: it costs half as much. One in 17 goes the other way, to find out whether others come meanwhile. At any
 /// moment half of the processors' number of threads wait so, at most, and none where there is one processor.
 ///
 /// # The lock
@@ -234,8 +234,11 @@ impl File {
         };
         let is_direct = self.image.direct && lane == Lane::Main;
         let turn = self.image.alone.begin();
-        // One that the page cache could not take at once waits for longer than a task may.
-        let may_be_here = is_direct || durable;
+        // One that the page cache could not take at once waits for longer than a task may, and so may a sync that comes with it.
+        let may_be_here = match durable {
+            true => self.image.is_soon_synced(),
+            false => is_direct,
+        };
         if may_be_here && let Some(written) = turn.attempt(|| write(&memory)) {
             self.image.buffers.give(memory);
             return written;
@@ -260,7 +263,8 @@ impl File {
         let turn = self.image.alone.begin();
         let here = match self.image.never_waits {
             true => Some(self.image.sync()),
-            false => turn.attempt(|| self.image.sync()),
+            false if self.image.is_soon_synced() => turn.attempt(|| self.image.sync()),
+            false => None,
         };
         if let Some(synced) = here {
             synced?;

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -277,6 +277,7 @@ impl OpenFile {
             buffers: Buffers::new(1),
             latch: AtomicBool::new(false),
             syncs: Epochs::new(),
+            unsynced: AtomicU64::new(0),
         };
         self.fit(&mut image, &metadata)?;
         Ok(image)

@@ -3,6 +3,9 @@
 use super::super::alone::Crowd;
 use super::*;
 
+/// Tests that run beside these may have the places, and the disk may be slow for a while.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// A disk for direct I/O that is alone, and has been for a while.
 async fn alone(aio: Aio) -> (TempDir, Faulty, File) {
     let place = tempfile::tempdir().unwrap();
@@ -18,13 +21,12 @@ async fn alone(aio: Aio) -> (TempDir, Faulty, File) {
 }
 
 async fn comes_to_be_here(disk: &File, faulty: &Faulty) {
-    // Tests that run beside this one may have the places, and the disk may be slow for a while.
     let patience = Instant::now();
     while {
         read(disk, 0, 4096).await.unwrap();
         !faulty.was_made_here(Call::Read)
     } {
-        assert!(patience.elapsed() < Duration::from_secs(30), "never");
+        assert!(patience.elapsed() < PATIENCE, "never");
     }
 }
 
@@ -74,7 +76,9 @@ async fn two_that_are_asked_for_together_wait_side_by_side() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sync_that_fails_here_fails_all_that_comes() {
     let (_place, faulty, disk) = alone(Aio::Threads).await;
+    let patience = Instant::now();
     loop {
+        assert!(patience.elapsed() < PATIENCE, "never");
         comes_to_be_here(&disk, &faulty).await;
         disk.flush().await.unwrap();
         if faulty.was_made_here(Call::Sync) {
@@ -98,5 +102,32 @@ async fn where_one_thread_runs_all_tasks_none_waits() {
             read(&disk, 0, 4096).await.unwrap();
             assert!(!faulty.was_made_here(Call::Read));
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sync_of_much_is_never_made_here() {
+    let place = tempfile::tempdir().unwrap();
+    let faulty = Faulty::default();
+    let open = same_file(&place).size(4 << 20);
+    let mut disk = open.open_with(Box::new(faulty.clone())).await.unwrap();
+    let image = Arc::get_mut(&mut disk.image).unwrap();
+    // Also where temporary files are in memory.
+    image.never_waits = false;
+    image.alone = Alone::among(Box::leak(Box::new(Crowd::new())));
+    let flushed = async |len: usize| {
+        write(&disk, 0, &vec![1; len], NONE).await.unwrap();
+        let is_much = !disk.image.is_soon_synced();
+        disk.flush().await.unwrap();
+        assert!(disk.image.is_soon_synced());
+        is_much
+    };
+    for round in 0..40 {
+        // At first, until those that come alone are made here, if the disk is quick.
+        for _ in 0..[3, 100][usize::from(round == 0)] {
+            assert!(!flushed(4096).await);
+        }
+        assert!(flushed((1 << 20) + 1).await);
+        assert!(!faulty.was_made_here(Call::Sync));
     }
 }
