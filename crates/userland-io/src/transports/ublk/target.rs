@@ -361,9 +361,11 @@ pub(crate) fn remove_unused(
 /// As [`stop_unused`], unless that takes too long: a thread waits for it, then.
 #[cfg(feature = "attach")]
 fn stop_unused_soon(index: u32) -> Result<Option<File>, Error> {
+    let (begin, begun) = mpsc::channel();
     let (tell, told) = mpsc::channel();
     let ask = move || {
         let asked = ControlDevice::open();
+        let _ = begin.send(());
         // Nobody listens any more once the device was stopped without an answer.
         let _ = tell.send(asked.and_then(|mut control| stop_unused(&mut control, index, None)));
     };
@@ -371,6 +373,8 @@ fn stop_unused_soon(index: u32) -> Result<Option<File>, Error> {
         .name("ublk-control".to_owned())
         .spawn(ask)
         .map_err(Error::io("a thread"))?;
+    // What a busy machine takes to start a thread says nothing of the device.
+    begun.recv().map_err(|_| Error::Lost)?;
     match told.recv_timeout(LOCKED) {
         Ok(answer) => answer,
         Err(mpsc::RecvTimeoutError::Timeout) => Ok(None),
