@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Semaphore;
 
-use userland_io::attach::{AttachError, Builder, DetachError, Listed, State, Via, list};
+use userland_io::attach::{AttachError, Builder, DetachError, Holder, Listed, State, Via, list};
 use userland_io::engines::Memory;
 use userland_io::{Engine, Geometry, ReadBuf, WriteBuf, WriteFlags};
 
@@ -131,6 +132,34 @@ async fn a_device_in_use_is_not_detached_and_goes_on() {
     let mut block = Aligned::new(512);
     direct(disk.path()).read_exact_at(&mut block, 4096).unwrap();
     assert_eq!(block[..], [7; 512]);
+    detach(disk).await;
+}
+
+/// It claims nothing, and no process has the device open.
+#[tokio::test]
+async fn a_device_under_a_loop_device_is_in_use() {
+    let Some(losetup) = need::program("losetup") else {
+        return;
+    };
+    let Some(mut disk) = attached(Memory::new(SIZE)).await else {
+        return;
+    };
+    let run = |arguments: &[&str]| {
+        let ran = Command::new(&losetup).args(arguments).output().unwrap();
+        assert!(ran.status.success(), "{ran:?}");
+        String::from_utf8(ran.stdout).unwrap().trim_end().to_owned()
+    };
+    let above = run(&["--find", "--show", disk.path().to_str().unwrap()]);
+    assert!(disk.in_use().unwrap());
+    match disk.detach().await {
+        Err(DetachError::InUse { holders, .. }) => {
+            let name = above.strip_prefix("/dev/").unwrap().to_owned();
+            assert!(holders.contains(&Holder::Device(name)), "{holders:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    run(&["-d", &above]);
+    until("the loop device is gone", || !disk.in_use().unwrap());
     detach(disk).await;
 }
 

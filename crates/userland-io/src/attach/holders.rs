@@ -68,13 +68,13 @@ impl fmt::Display for Holder {
 }
 
 /// True if somebody has claimed the block device at `path`, or a partition of it: a mount, swap, a device
-/// on top, or a program that opened it exclusively. A plain open is no claim. May wait for the device.
+/// on top, or a program that opened it exclusively; or has a loop device over it. A plain open is no claim. May wait for the device.
 ///
 /// # Errors
 /// If it cannot be opened: then nothing is known.
 pub fn in_use(path: &Path) -> io::Result<bool> {
     match node::claim(path) {
-        Ok(_) => Ok(false),
+        Ok(_) => Ok(is_under_a_loop_device(path)),
         Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(true),
         Err(error) => Err(error),
     }
@@ -86,6 +86,12 @@ pub fn in_use(path: &Path) -> io::Result<bool> {
 /// If there is no such block device.
 pub fn holders(path: &Path) -> io::Result<Vec<Holder>> {
     holders_besides(path, None)
+}
+
+/// True if a loop device is over the block device at `path`, or over a partition of it. It makes no claim, and no process has
+/// that open.
+pub(super) fn is_under_a_loop_device(path: &Path) -> bool {
+    Family::of(path).is_ok_and(|family| family.loops().next().is_some())
 }
 
 /// As [`holders`], not counting what the process `daemon` has open: it serves the device.
@@ -102,6 +108,7 @@ pub(super) fn holders_besides(path: &Path, daemon: Option<u32>) -> io::Result<Ve
             found.push(Holder::Device(above));
         }
     }
+    found.extend(family.loops().map(Holder::Device));
     for pid in processes().filter(|pid| Some(*pid) != daemon) {
         let files = names(Path::new(&format!("/proc/{pid}/fd")));
         // By name: to look at the file itself could wait for a dead server.
@@ -219,6 +226,15 @@ impl Family {
             }
         }
         Ok(family)
+    }
+
+    /// The loop devices over it, which are not among its holders in sysfs.
+    fn loops(&self) -> impl Iterator<Item = String> {
+        let all = names(Path::new("/sys/block")).into_iter();
+        all.filter(move |name| {
+            let over = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file"));
+            over.is_ok_and(|over| self.nodes.contains(&over.trim_end().into()))
+        })
     }
 
     /// True if the line's first word is one of the nodes.

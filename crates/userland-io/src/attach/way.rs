@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use tokio::task::spawn_blocking;
 
+use super::holders::is_under_a_loop_device;
 use super::record::Record;
 use super::{PassedOver, Via, fuse, kernel_nbd, ublk};
 use crate::transports::node;
@@ -84,10 +85,14 @@ pub(super) async fn claim(path: &Path) -> io::Result<File> {
     let path = path.to_owned();
     // Whoever has the device's lock may be waiting for its next answer, which needs the manager's thread.
     blocking(move || {
-        node::claim(&path).map_err(|error| match error.kind() {
+        let claimed = node::claim(&path).map_err(|error| match error.kind() {
             io::ErrorKind::ResourceBusy => error,
             kind => io::Error::new(kind, format!("finding out if it is in use: {error}")),
-        })
+        })?;
+        match is_under_a_loop_device(&path) {
+            true => Err(io::ErrorKind::ResourceBusy.into()),
+            false => Ok(claimed),
+        }
     })
     .await
 }
@@ -166,6 +171,10 @@ pub(super) fn is_there(record: &Record) -> bool {
 
 /// Takes away what the process of `record`, which is dead, has left.
 pub(super) fn remove_stale(record: &Record) -> io::Result<()> {
+    let device = record.device.as_deref();
+    if is_there(record) && device.is_some_and(is_under_a_loop_device) {
+        return Err(io::ErrorKind::ResourceBusy.into());
+    }
     match record.via {
         Via::Ublk => ublk::remove_stale(record),
         Via::Nbd => kernel_nbd::remove_stale(record),
