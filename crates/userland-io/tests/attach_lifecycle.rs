@@ -209,13 +209,16 @@ async fn a_device_that_is_gone_is_ending_until_its_disk_is_closed() {
         of_it.map(|listed| listed.state()).collect::<Vec<_>>()
     };
     assert_eq!(states(), [State::Running]);
-    let look = async {
+    let ending = async {
         while !states().contains(&State::Ending) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        may_close.add_permits(1);
     };
-    let look = tokio::time::timeout(PATIENCE, look);
+    let look = async {
+        let seen = tokio::time::timeout(PATIENCE, ending).await;
+        may_close.add_permits(1);
+        seen
+    };
     let (detached, seen) = tokio::join!(disk.detach(), look);
     seen.expect("it is never ending");
     detached.unwrap();

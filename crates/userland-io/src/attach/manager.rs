@@ -239,17 +239,18 @@ async fn keep<E: Engine>(
         ..
     } = attached;
     drop((view, running, listener));
-    if is_left {
-        let device = record.device.as_deref().unwrap_or(Path::new("")).display();
-        tracing::warn!(%device, "the device has ended and is still there: it stays on record");
-    } else if let Err(error) = record.remove() {
-        tracing::warn!(%error, "the record of the device could not be removed");
-    }
     let flushed = device.flush().await;
     if let Err(error) = flushed.and(device.close().await) {
         tracing::error!(%error, "the disk could not be flushed or closed");
         // What the kernel may have said before is this in other words.
         result = Err(DetachError::Disk(error));
+    }
+    // Until now it was ending.
+    if is_left {
+        let device = record.device.as_deref().unwrap_or(Path::new("")).display();
+        tracing::warn!(%device, "the device has ended and is still there: it stays on record");
+    } else if let Err(error) = record.remove() {
+        tracing::warn!(%error, "the record of the device could not be removed");
     }
     // What is on record now is stale.
     drop(lock);
