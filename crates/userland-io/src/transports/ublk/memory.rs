@@ -15,7 +15,7 @@ use rustix::mm::{self, Advice, MapFlags, MlockFlags, ProtFlags};
 use super::abi::{DESCRIPTION_LEN, Description, descriptions_offset};
 use crate::uring::Ring;
 
-/// How much of each buffer is there from the start. The rest, which few requests need, is made when first used, and kept.
+/// How much of each buffer is there before it is used. The rest, which few requests need, is made when first used, and kept.
 const AT_ONCE: usize = 16 << 10;
 
 /// The descriptions of a queue's requests.
@@ -119,10 +119,17 @@ impl Buffers {
             if let Err(error) = mm::mlock_with(memory, self.len, MlockFlags::ONFAULT) {
                 tracing::debug!(%error, "the buffers of a queue are not locked in memory");
             }
-            for tag in (0..self.len).step_by(self.each) {
-                let first = memory.byte_add(tag);
-                let _ = mm::madvise(first, self.each.min(AT_ONCE), Advice::LinuxPopulateWrite);
-            }
+        }
+    }
+
+    /// Makes the first pages of each buffer, for the requests to come. They are made when they are used, otherwise.
+    pub(super) fn populate(&self) {
+        for tag in (0..self.len).step_by(self.each) {
+            // SAFETY: inside our own mapping. Whoever uses it meanwhile sees no byte change.
+            let _ = unsafe {
+                let first = self.memory.as_ptr().byte_add(tag);
+                mm::madvise(first, self.each.min(AT_ONCE), Advice::LinuxPopulateWrite)
+            };
         }
     }
 

@@ -37,6 +37,11 @@ impl<E: Engine> ServedQueue<E> {
         }
     }
 
+    /// Makes memory for the requests to come, if there is time before they are there.
+    pub(super) fn populate(&self) {
+        self.buffers.populate();
+    }
+
     /// Serves `tag` until the device stops. To be called once for each tag: a second task of it would use the same buffer.
     pub(super) async fn serve(self: Rc<Self>, tag: u16) {
         let (mut command, mut answer) = (abi::FETCH, 0);
