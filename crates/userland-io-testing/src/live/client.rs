@@ -168,7 +168,17 @@ pub(super) async fn read(
 ) -> Result<(Vec<u8>, Option<usize>)> {
     let pattern = fastrand::u64(..).to_le_bytes();
     let mut memory: Vec<u8> = pattern.iter().copied().cycle().take(len).collect();
-    front.read(&mut ReadBuf::new(&mut memory), offset).await?;
+    let mut lent = false;
+    // Half of them as by a transport that takes what is lent.
+    if fastrand::bool() {
+        front.lend(offset..offset + len as u64, &mut |bytes| {
+            memory.copy_from_slice(bytes);
+            lent = true;
+        });
+    }
+    if !lent {
+        front.read(&mut ReadBuf::new(&mut memory), offset).await?;
+    }
     let hole = left_alone(&memory, pattern);
     Ok((memory, hole))
 }

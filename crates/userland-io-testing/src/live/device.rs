@@ -45,6 +45,12 @@ impl Engine for Through {
         self.device()?.read(buf, offset).await
     }
 
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        if let Ok(device) = self.device() {
+            device.lend(range, to);
+        }
+    }
+
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
         self.device()?.write(buf, offset, flags).await
     }

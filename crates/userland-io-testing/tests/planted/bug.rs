@@ -30,4 +30,5 @@ pub(crate) enum Bug {
     TornUnit,
     FlushErrorSwallowed,
     RecoveryWithoutFlush,
+    StaleLend,
 }

@@ -27,7 +27,7 @@ enum Vehicle {
     Journal,
 }
 
-const BUGS: [(Bug, Vehicle, &[Clause]); 25] = {
+const BUGS: [(Bug, Vehicle, &[Clause]); 26] = {
     use Bug::*;
     use Clause::*;
     [
@@ -56,6 +56,7 @@ const BUGS: [(Bug, Vehicle, &[Clause]); 25] = {
         (TornUnit, Vehicle::Pass, &[Tearing]),
         (FlushErrorSwallowed, Vehicle::Pass, &[Flush]),
         (RecoveryWithoutFlush, Vehicle::Journal, &[Recovery, Sync]),
+        (StaleLend, Vehicle::Pass, LIVE),
     ]
 };
 

@@ -17,6 +17,8 @@ pub(crate) struct Pass {
     late: Mutex<Vec<Late>>,
     /// What the extents were when someone first asked.
     extents: Mutex<Option<Extents>>,
+    /// What was read last, and where.
+    last: Mutex<(u64, Vec<u8>)>,
 }
 
 /// A write that comes again, or too late.
@@ -34,6 +36,7 @@ impl Pass {
             bug,
             late: Mutex::default(),
             extents: Mutex::default(),
+            last: Mutex::default(),
         })
     }
 
@@ -114,7 +117,23 @@ impl Filter for Pass {
             let len = buf.len() - block as usize;
             return self.lower.read(&mut buf.slice(0..len), offset).await;
         }
-        self.lower.read(buf, offset).await
+        self.lower.read(buf, offset).await?;
+        if self.bug == Bug::StaleLend {
+            let mut bytes = vec![0; buf.len()];
+            self.lower
+                .read(&mut ReadBuf::new(&mut bytes), offset)
+                .await?;
+            buf.copy_from(&bytes);
+            *self.last.lock().unwrap() = (offset, bytes);
+        }
+        Ok(())
+    }
+
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        let (offset, bytes) = &*self.last.lock().unwrap();
+        if *offset == range.start && bytes.len() as u64 == range.end - range.start {
+            to(bytes);
+        }
     }
 
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {

@@ -58,7 +58,8 @@ impl Remote {
     }
 
     /// How long a request may go unanswered before it fails, in whole seconds from three to a day: the kernel takes the connection for
-    /// lost after nine tenths of that. If left out: 60 s.
+    /// lost after nine tenths of that. A server that hangs, rather than being gone, is asked again on each connection that is
+    /// left, each with a time-out of its own. If left out: 60 s.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = target::whole_seconds(timeout);
         self

@@ -35,14 +35,14 @@ pub struct Limits {
     /// The most requests in flight on one connection; the client waits for a place. Default: 256.
     pub max_in_flight: usize,
     /// The most bytes of payload in memory for one connection; the client waits. At least
-    /// `max_request`. Beside them a connection needs up to 10 MiB for requests as they were received, short
+    /// `max_request`. Beside them a connection needs up to 13 MiB for requests as they were received, short
     /// replies and buffers kept for reuse, while it works; at rest some KiB, and connections to one export together
     /// up to 32 MiB that they lend each other. Default: 128 MiB.
     pub max_connection_bytes: usize,
     /// The most bytes of payload in memory for all connections; clients wait. At least `max_request`.
     /// Each connection has 1 MiB beside it that nobody can take, so that it gets on whatever the others
     /// do; who holds on to more while others wait, and for ten seconds moves less than 64 KiB a second, is
-    /// closed. The whole server's bound: this, and 11 MiB a connection. Default: 1 GiB.
+    /// closed. The whole server's bound: this, and 14 MiB a connection. Default: 1 GiB.
     pub max_server_bytes: usize,
     /// At shutdown, how long requests in flight may take to finish. Default: 10 s.
     pub shutdown_grace: Duration,
