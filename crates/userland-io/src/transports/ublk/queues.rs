@@ -209,7 +209,7 @@ fn run<E: Engine>(setup: Setup<E>, tell: &mpsc::Sender<io::Result<Stop>>) -> io:
         let all = running == usize::from(info.depth);
         let refused = || io::Error::other("the driver refused a command");
         let _ = tell.send(all.then_some(stop).ok_or_else(refused));
-        // Takes longer than all the rest, and nobody has to wait for it.
+        // Nobody has to wait for it.
         served.populate();
     };
     executor.run_queue(queue, &runtime, tasks, started)
