@@ -13,6 +13,17 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+/// What runs `script` in a mount namespace of its own, with `own` as its arguments.
+fn apart(ulio: &Ulio, script: &str, own: &Command) -> Command {
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(own.get_program())
+        .args(own.get_args())
+        .current_dir(ulio.dir());
+    command
+}
+
 /// The better ways are named with their reasons; what is better than the best is nobody's business.
 #[test]
 fn it_says_why_better_ways_were_not_taken() {
@@ -53,12 +64,7 @@ fn without_ublk_it_takes_nbd_and_says_why() {
     // What obeys no command of the driver's, in a mount namespace of the test's own.
     let script = "mount --bind /dev/null /dev/ublk-control && exec \"$@\"";
     let own = ulio.command(["attach", "memory:1M"]);
-    let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c", script, "sh"])
-        .arg(own.get_program())
-        .args(own.get_args())
-        .current_dir(ulio.dir());
+    let command = apart(&ulio, script, &own);
     let disk = Attached::spawn(command);
     assert_eq!(listed(&ulio, &disk.path).unwrap()["via"], "nbd");
     let ran = disk.stop();
@@ -138,13 +144,7 @@ fn a_loop_device_that_leaves_flushes_out_is_not_taken() {
     done
     exec \"$@\"";
     let own = ulio.command(["attach", "--via", "fuse", "file:disk.img,size=1M"]);
-    let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c", script, "sh"])
-        .arg(own.get_program())
-        .args(own.get_args())
-        .current_dir(ulio.dir());
-    let ran = Ran::from(command.output().unwrap());
+    let ran = Ran::from(apart(&ulio, script, &own).output().unwrap());
     assert_eq!(ran.code, Some(1), "{ran:#?}");
     assert!(
         ran.err.contains("write_cache cannot be `write back`"),

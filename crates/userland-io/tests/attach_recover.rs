@@ -134,13 +134,9 @@ async fn another_device_in_its_place_is_left_alone() {
     let _turn = TURN.lock().await;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("disk");
-    let Some(mut child) = Child::with("child_that_serves_a_file", |command| {
-        command.env(FILE, &file)
-    }) else {
+    let Some((child, path)) = killed(&file) else {
         return;
     };
-    let path = PathBuf::from(child.said("attached"));
-    child.kill();
     let index = index_of(&path);
     ublk::remove(index).await.unwrap();
     let others = directory.path().join("another");
@@ -189,13 +185,9 @@ async fn one_that_was_not_noted_yet_is_found() {
     let _turn = TURN.lock().await;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("disk");
-    let Some(mut child) = Child::with("child_that_serves_a_file", |command| {
-        command.env(FILE, &file)
-    }) else {
+    let Some((child, path)) = killed(&file) else {
         return;
     };
-    let path = PathBuf::from(child.said("attached"));
-    child.kill();
     // As if it had died as soon as the driver had the device.
     let record = format!("/run/ulio/{}-0.device", child.id());
     let text = std::fs::read_to_string(&record).unwrap();
@@ -243,6 +235,16 @@ async fn detached(listed: Listed) -> Result<(), DetachError> {
     let detach = tokio::task::spawn_blocking(move || listed.detach());
     let detached = tokio::time::timeout(attach::PATIENCE, detach).await;
     detached.expect("detach hangs").unwrap()
+}
+
+/// A process that has served `file` by a device at that path, and was killed. `None` where there can be none.
+fn killed(file: &Path) -> Option<(Child, PathBuf)> {
+    let mut child = Child::with("child_that_serves_a_file", |command| {
+        command.env(FILE, file)
+    })?;
+    let path = PathBuf::from(child.said("attached"));
+    child.kill();
+    Some((child, path))
 }
 
 fn left_by(child: &Child) -> Listed {
