@@ -119,9 +119,11 @@ fn main() -> io::Result<()> {
             median(ready)
         );
     }
-    let count = calls.len();
-    let calls = median(calls.iter().map(|took| took.as_secs_f64() * 1e3).collect());
-    println!("attach() in a program: answers after {calls:.1} ms ({count} times)");
+    if !calls.is_empty() {
+        let count = calls.len();
+        let calls = median(calls.iter().map(|took| took.as_secs_f64() * 1e3).collect());
+        println!("attach() in a program: answers after {calls:.1} ms ({count} times)");
+    }
     println!("{}", about.describe());
     Ok(())
 }
