@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File as OsFile;
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -487,6 +488,35 @@ async fn without_such_seeks_everything_is_data() {
         assert_eq!(runs, [(9000 - 4096, ExtentKind::Data)]);
     }
     assert_eq!(faulty.count(Call::NextData), 2);
+}
+
+#[tokio::test]
+async fn data_that_was_found_is_not_looked_for_again_until_it_may_be_a_hole() {
+    const SIZE: u64 = 1 << 20;
+    const HALF: u64 = SIZE / 2;
+    let (_place, faulty, disk) = disk(SIZE).await;
+    let runs = async |range: Range<u64>| {
+        let mut runs = Extents::new(9);
+        disk.extents(range, &mut runs).await.unwrap();
+        let runs = runs.iter().map(|run| (run.len, run.kind));
+        runs.collect::<Vec<_>>()
+    };
+    use ExtentKind::{Data, Hole};
+    write(&disk, 0, &vec![1; HALF as usize], NONE)
+        .await
+        .unwrap();
+    assert_eq!(runs(0..SIZE).await, [(HALF, Data), (HALF, Hole)]);
+    let asked = faulty.count(Call::NextHole);
+    assert_eq!(runs(4096..HALF).await, [(HALF - 4096, Data)]);
+    assert_eq!(runs(4096..HALF + 1).await, [(HALF - 4096, Data), (1, Hole)]);
+    assert_eq!(faulty.count(Call::NextHole), asked);
+    disk.discard(0..4096).await.unwrap();
+    assert_eq!(runs(0..8192).await, [(4096, Hole), (4096, Data)]);
+    disk.write_zeroes(4096..8192, NONE).await.unwrap();
+    assert_eq!(runs(0..8192).await, [(8192, Hole)]);
+    // What was a hole is data, once it is written.
+    write(&disk, HALF, &[1; 4096], NONE).await.unwrap();
+    assert_eq!(runs(HALF..SIZE).await[0], (4096, Data));
 }
 
 #[tokio::test]

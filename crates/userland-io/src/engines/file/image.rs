@@ -20,7 +20,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::alone::Alone;
 use super::at_once::AtOnce;
-use super::extents;
+use super::extents::{self, KnownData};
 use super::sys::{Calls, Direction};
 use crate::threads::{Epochs, Mark};
 use crate::{AlignedBuf, Error, ErrorKind, ExtentKind, Extents, Geometry, Result, WriteFlags};
@@ -55,6 +55,7 @@ pub(super) struct Image {
     /// From here on `beside` serves; the size if there is no odd tail.
     pub(super) tail_start: u64,
     pub(super) lacks: Lacks,
+    pub(super) known_data: KnownData,
     pub(super) buffers: Buffers,
     pub(super) latch: AtomicBool,
     pub(super) syncs: Epochs,
@@ -269,10 +270,12 @@ impl Image {
     pub(super) fn discard(&self, range: Range<u64>) -> Result {
         self.check()?;
         let (at, len) = (range.start, range.end - range.start);
-        Ok(again(|| match self.is_device {
+        let discarded = again(|| match self.is_device {
             true => self.calls.discard_blocks(&self.file, at, len),
             false => self.calls.punch(&self.file, at, len),
-        })?)
+        });
+        self.known_data.forget();
+        Ok(discarded?)
     }
 
     /// Zeroes a range by whatever is quicker than writing; else `Unsupported`.
@@ -294,6 +297,7 @@ impl Image {
                 return Err(ErrorKind::Unsupported.into());
             }
         }
+        self.known_data.forget();
         match flags.contains(WriteFlags::FUA) {
             true => self.sync(),
             false => Ok(()),
@@ -308,7 +312,8 @@ impl Image {
 
     pub(super) fn extents(&self, range: Range<u64>, out: &mut Extents) -> Result {
         if !self.lacks.extents.load(Ordering::Relaxed) {
-            match extents::extents(&*self.calls, &self.file, range.clone(), out) {
+            let (calls, file, known) = (&*self.calls, &self.file, &self.known_data);
+            match extents::extents(calls, file, known, range.clone(), out) {
                 Err(error) if is_unsupported(&error) && out.is_empty() => {
                     self.lacks.extents.store(true, Ordering::Relaxed);
                 }

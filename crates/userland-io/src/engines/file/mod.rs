@@ -17,7 +17,8 @@ use std::sync::Arc;
 use crate::give_way::give_way;
 use crate::threads::Pool;
 use crate::{
-    AlignedBuf, Engine, ErrorKind, Extents, Geometry, ReadBuf, Result, WriteBuf, WriteFlags,
+    AlignedBuf, Engine, ErrorKind, ExtentKind, Extents, Geometry, ReadBuf, Result, WriteBuf,
+    WriteFlags,
 };
 
 mod alone;
@@ -174,6 +175,10 @@ impl Engine for File {
 
     async fn extents(&self, range: Range<u64>, out: &mut Extents) -> Result {
         self.inside_range(&range)?;
+        if self.image.known_data.covers(&range) {
+            out.push(range.end - range.start, ExtentKind::Data);
+            return Ok(());
+        }
         let (image, room) = (self.image.clone(), out.room());
         let runs = self
             .pool

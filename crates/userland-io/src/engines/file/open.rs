@@ -17,6 +17,7 @@ use super::File;
 use super::alone::Alone;
 #[cfg(target_os = "linux")]
 use super::at_once::AtOnce;
+use super::extents::KnownData;
 use super::flushes::Flushes;
 use super::image::{Buffers, Image, Lacks};
 use super::lock::{self, Refused};
@@ -274,6 +275,7 @@ impl OpenFile {
             align: 1,
             tail_start: there,
             lacks: Lacks::default(),
+            known_data: KnownData::default(),
             buffers: Buffers::new(1),
             latch: AtomicBool::new(false),
             syncs: Epochs::new(),
