@@ -27,7 +27,7 @@ mod clients;
 #[path = "common/need.rs"]
 mod need;
 use attach::{
-    Aligned, PATIENCE, attached, attached_as, detach, direct, is_free, open, opened, resized,
+    Aligned, PATIENCE, attached, attached_as, detach, direct, is_gone, open, opened, resized,
     until, via,
 };
 use children::Child;
@@ -302,7 +302,7 @@ async fn a_device_whose_handle_is_dropped_goes_when_nobody_uses_it() {
         std::thread::sleep(Duration::from_millis(100));
     }
     drop(claim);
-    until("the device is gone", || is_free(&path));
+    is_gone(&path);
     let is_ours = |listed: &Listed| listed.path() == Some(&path);
     until("the record is gone", || {
         !listed(std::process::id()).iter().any(is_ours)
@@ -453,7 +453,7 @@ async fn what_a_killed_process_leaves_is_stale_and_taken_away_when_unused() {
     drop(claim);
     until("the device can be taken away", || stale.detach().is_ok());
     assert!(listed(pid).is_empty());
-    assert!(is_free(&path));
+    is_gone(&path);
     // Another finds the place free.
     detach(attached(Memory::new(SIZE)).await.unwrap()).await;
 }

@@ -85,20 +85,23 @@ impl Attached {
 /// What is left of the device at `path` that the process `pid` served.
 pub(crate) fn remains(pid: u32, path: &Path) -> Vec<String> {
     let mut left = Vec::new();
-    let name = path.file_name().unwrap().to_str().unwrap();
     let of_it = |text: &str| text.starts_with(&format!("{pid}-"));
-    let mut is_anothers = false;
-    for entry in fs::read_dir("/run/ulio").into_iter().flatten().flatten() {
+    let records = || fs::read_dir("/run/ulio").into_iter().flatten().flatten();
+    for entry in records() {
         if of_it(&entry.file_name().to_string_lossy()) {
             left.push(entry.path().display().to_string());
         }
-        let record = fs::read_to_string(entry.path()).unwrap_or_default();
-        let line = format!("device {}", path.display());
-        is_anothers |= record.lines().any(|of| of == line);
     }
-    // A test beside this one may have taken its place.
-    if name.starts_with("ublk") && path.exists() && !is_anothers {
-        left.push(path.display().to_string());
+    if path.to_string_lossy().starts_with("/dev/ublkb") {
+        // A test beside this one may have taken its place, and say so a moment later.
+        let line = format!("device {}", path.display());
+        let is_of_another = || {
+            let mut texts = records().map(|entry| fs::read_to_string(entry.path()));
+            texts.any(|text| text.is_ok_and(|text| text.lines().any(|of| of == line)))
+        };
+        until("the device is gone, or another's", || {
+            !path.exists() || is_of_another()
+        });
     }
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let file = fs::read_to_string(entry.path().join("loop/backing_file"));

@@ -65,10 +65,14 @@ pub(crate) async fn detach(mut attached: Attached) {
     let path = attached.path().to_owned();
     attached.detach().await.unwrap();
     assert_eq!(attached.ended().await, None);
-    // Another test of this process may have been given it at once.
-    let ours = |listed: &Listed| listed.pid() == std::process::id() && listed.path() == Some(&path);
+    is_gone(&path);
+}
+
+/// Sees that the device that was at `path` is gone. Another test of this process may have been given the path at once.
+pub(crate) fn is_gone(path: &Path) {
+    let ours = |listed: &Listed| listed.pid() == std::process::id() && listed.path() == Some(path);
     until("nothing is left", || {
-        is_free(&path) || list().unwrap().iter().any(ours)
+        is_free(path) || list().unwrap().iter().any(ours)
     });
 }
 
