@@ -40,6 +40,22 @@ pub enum Stream {
     Memory(DuplexStream),
 }
 
+/// What a Unix socket may hold of what was sent, in bytes, as far as the system allows it (`net.core.wmem_max`). Where it holds
+/// less than a long payload, each part that fits wakes the other side, and this one again once it has been taken.
+#[cfg(unix)]
+const SEND_BUFFER: usize = 2 << 20;
+
+#[cfg(unix)]
+impl From<UnixStream> for Stream {
+    fn from(stream: UnixStream) -> Self {
+        // A connection works without it.
+        if let Err(error) = SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER) {
+            tracing::debug!(%error, "a send buffer was refused");
+        }
+        Stream::Unix(stream)
+    }
+}
+
 impl Socket for Stream {
     // An error is left to the next receive, which meets it too.
     fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
@@ -97,5 +113,21 @@ impl AsyncWrite for Stream {
     }
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         each!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_unix_socket_holds_more_than_by_default() {
+        let (stream, other) = UnixStream::pair().unwrap();
+        let by_default = SockRef::from(&other).send_buffer_size().unwrap();
+        let Stream::Unix(stream) = Stream::from(stream) else {
+            panic!("not a Unix socket");
+        };
+        let now = SockRef::from(&stream).send_buffer_size().unwrap();
+        assert!(now > by_default, "{now}, {by_default} by default");
     }
 }

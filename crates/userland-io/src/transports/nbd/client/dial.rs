@@ -66,7 +66,7 @@ async fn connect(address: &Address) -> Result<Stream, ConnectError> {
             Ok(Stream::Tcp(stream))
         }),
         #[cfg(unix)]
-        Address::Unix(path) => UnixStream::connect(path).await.map(Stream::Unix),
+        Address::Unix(path) => UnixStream::connect(path).await.map(Stream::from),
         #[cfg(not(unix))]
         Address::Unix(_) => Err(std::io::Error::new(
             std::io::ErrorKind::Unsupported,

@@ -73,7 +73,7 @@ impl Listener {
             #[cfg(unix)]
             Kind::Unix { listener, .. } => listener
                 .poll_accept(cx)
-                .map_ok(|(stream, _)| (Stream::Unix(stream), Peer::Unix)),
+                .map_ok(|(stream, _)| (stream.into(), Peer::Unix)),
         }
     }
 }
