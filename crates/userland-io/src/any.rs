@@ -38,6 +38,7 @@ trait DynEngine: Send + Sync + 'static {
         offset: u64,
         flags: WriteFlags,
     ) -> Boxed<'a, Result>;
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result>;
     fn flush(&self) -> Boxed<'_, Result>;
     fn discard(&self, range: Range<u64>) -> Boxed<'_, Result>;
     fn write_zeroes(&self, range: Range<u64>, flags: WriteFlags) -> Boxed<'_, Result>;
@@ -71,6 +72,9 @@ impl<E: Engine> DynEngine for E {
         flags: WriteFlags,
     ) -> Boxed<'a, Result> {
         Box::pin(Engine::write(self, buf, offset, flags))
+    }
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        Engine::write_nowait(self, buf, offset, flags)
     }
     fn flush(&self) -> Boxed<'_, Result> {
         Box::pin(Engine::flush(self))
@@ -119,6 +123,9 @@ impl Engine for AnyEngine {
     }
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
         self.0.write(buf, offset, flags).await
+    }
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        self.0.write_nowait(buf, offset, flags)
     }
     async fn flush(&self) -> Result {
         self.0.flush().await

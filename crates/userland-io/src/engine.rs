@@ -84,6 +84,16 @@ pub trait Engine: Send + Sync + 'static {
         ready(Err(ErrorKind::ReadOnly.into()))
     }
 
+    /// Does what [`write`](Self::write) does before it returns, if nothing has to be waited for; else `None`, and then
+    /// nothing is done. A transport spares a future so. It is a write like any other: what it answers, and what it has stored
+    /// then, are the same.
+    ///
+    /// If left out: never, and everybody writes. So does a layer that leaves it out: nothing passes its `write` by.
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        let _ = (buf, offset, flags);
+        None
+    }
+
     /// Makes every mutation that completed before this call durable.
     ///
     /// If left out: `Unsupported`, and a [`Device`](crate::Device) opens only if the engine claims that

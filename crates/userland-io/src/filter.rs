@@ -50,6 +50,13 @@ pub trait Filter: Send + Sync + 'static {
         self.lower().write(buf, offset, flags)
     }
 
+    /// See [`Engine::write_nowait`]. If left out: not forwarded, since [`write`](Self::write) would be passed by. One that
+    /// changes nothing but where bytes are asks [`lower`](Self::lower).
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        let _ = (buf, offset, flags);
+        None
+    }
+
     /// See [`Engine::flush`]. If left out: forwarded.
     fn flush(&self) -> impl Future<Output = Result> + Send {
         self.lower().flush()
@@ -120,6 +127,10 @@ impl<F: Filter> Engine for F {
         flags: WriteFlags,
     ) -> impl Future<Output = Result> + Send {
         Filter::write(self, buf, offset, flags)
+    }
+
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        Filter::write_nowait(self, buf, offset, flags)
     }
 
     fn flush(&self) -> impl Future<Output = Result> + Send {

@@ -20,6 +20,7 @@ enum Call {
     Read(Range<u64>),
     Lend(Range<u64>),
     Write(Vec<u8>, u64, WriteFlags),
+    WriteNow(Vec<u8>, u64, WriteFlags),
     Flush,
     Discard(Range<u64>),
     WriteZeroes(Range<u64>, WriteFlags),
@@ -85,6 +86,10 @@ impl Engine for Recorder {
         let bytes = buf.as_slice().unwrap_or_default().to_vec();
         self.note(Call::Write(bytes, offset, flags))
     }
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        let bytes = buf.as_slice().unwrap_or_default().to_vec();
+        Some(self.note(Call::WriteNow(bytes, offset, flags)))
+    }
     async fn flush(&self) -> Result {
         self.note(Call::Flush)
     }
@@ -144,6 +149,13 @@ fn transparent() -> Vec<(&'static str, u64, Recorder, AnyEngine)> {
     list
 }
 
+/// True for layers that do nothing to bytes on their way but say where they lie, or count them.
+fn changes_nothing(name: &str) -> bool {
+    ["Offset", "ReadOnly", "Stats"]
+        .iter()
+        .any(|layer| name.starts_with(layer))
+}
+
 #[tokio::test]
 async fn every_mutation_arrives_with_its_flags() {
     let bytes: Vec<u8> = (0..1024u32).map(|n| n as u8).collect();
@@ -153,6 +165,17 @@ async fn every_mutation_arrives_with_its_flags() {
             above.write(&buf, 4096, flags).await.unwrap();
             let expected = Call::Write(bytes.clone(), shift + 4096, flags);
             assert_eq!(below.take(), [expected], "{name}");
+
+            let written = above.write_nowait(&buf, 4096, flags);
+            // The others' own writes would be passed by.
+            if changes_nothing(name) {
+                written.unwrap().unwrap();
+                let expected = Call::WriteNow(bytes.clone(), shift + 4096, flags);
+                assert_eq!(below.take(), [expected], "{name}");
+            } else {
+                assert!(written.is_none(), "{name}");
+                assert_eq!(below.take(), [], "{name}");
+            }
         }
         for bits in 0..=WriteFlags::all().bits() {
             let flags = WriteFlags::from_bits(bits).unwrap();
@@ -187,7 +210,7 @@ async fn every_question_arrives_and_its_answer_comes_back() {
         let mut lent = Vec::new();
         above.lend(1536..2560, &mut |bytes| lent.extend_from_slice(bytes));
         // The others' own reads would be passed by.
-        if name.starts_with("Offset") || name == "ReadOnly" {
+        if changes_nothing(name) {
             let expected = Call::Lend(shift + 1536..shift + 2560);
             assert_eq!(below.take(), [expected], "{name}");
             assert_eq!(lent, bytes, "{name}");
@@ -256,6 +279,11 @@ async fn a_mutation_never_passes_read_only() {
         above.discard(0..4096).await,
         above.write_zeroes(0..4096, none).await,
     ];
+    assert!(
+        above
+            .write_nowait(&WriteBuf::new(&[0; 512]), 0, none)
+            .is_none()
+    );
     for error in errors {
         assert_eq!(error.unwrap_err().errno(), errno::EROFS);
     }

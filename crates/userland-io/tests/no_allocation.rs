@@ -48,5 +48,16 @@ fn a_static_stack_allocates_nothing_and_an_erased_one_a_box_per_request() {
         assert_eq!(allocations(Memory::new(1 << 20)).await, 0);
         let erased = allocations(Memory::new(1 << 20).erase()).await;
         assert_eq!(erased, 1000 * 8 * 2);
+        let device = Device::open(Memory::new(1 << 20).erase()).await.unwrap();
+        let page = WriteBuf::new(&[1; 4096]);
+        let both = || {
+            let written = device.write_nowait(&page, 0, WriteFlags::empty());
+            written.unwrap().unwrap();
+            assert!(device.lend(0..4096, &mut |_| ()));
+        };
+        both();
+        let before = counting::allocations();
+        both();
+        assert_eq!(counting::allocations(), before, "what does not wait");
     });
 }

@@ -83,6 +83,27 @@ impl RangeLocks {
         }
     }
 
+    /// A place for an aligned mutation that does not wait, if it need not: nor for the flush that many orphans ask for.
+    pub(super) fn enter_now(&self, range: Range<u64>) -> Option<Guard<'_>> {
+        let mut queue = self.queue_mut();
+        let own = Place {
+            id: queue.next,
+            range,
+            exclusive: false,
+            state: State::Active,
+        };
+        if queue.orphans >= MOST_ORPHANS || queue.places.iter().any(|ahead| ahead.blocks(&own)) {
+            return None;
+        }
+        let id = own.id;
+        queue.next += 1;
+        queue.places.push(own);
+        Some(Guard {
+            locks: Some(self),
+            id,
+        })
+    }
+
     /// The operations that were dropped half-way and may still act.
     pub(super) fn orphans(&self) -> Vec<u64> {
         let queue = self.queue_mut();

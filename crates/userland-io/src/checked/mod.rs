@@ -32,7 +32,8 @@ use locks::{Guard, RangeLocks};
 ///   (of which pieces before the refused one may have been zeroed);
 /// * `discard` arrives only where claimed, in whole granules: else `Unsupported`, or trimmed;
 /// * `extents` and `status` arrive only where there are any;
-/// * `lend` arrives only for what a single `read` could get;
+/// * `lend` and `write_nowait` arrive only for what a single `read` or `write` could do, and which need not wait for
+///   another request;
 /// * nothing arrives after `close`: `Shutdown`.
 ///
 /// A `flush` always reaches the engine of a writable disk; where the claims leave it nothing to do, an
@@ -274,6 +275,24 @@ impl<E: Engine> Engine for Checked<E> {
             true => self.flush_engine().await,
             false => Ok(()),
         }
+    }
+
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        // What is refused, empty, to be cut, or to be flushed behind is left to `write`.
+        self.open().and_then(|()| self.writable()).ok()?;
+        let len = buf.len() as u64;
+        let range = self.range(offset, len).ok()?;
+        let (flags, flush) = self.split_fua(flags & WriteFlags::FUA);
+        if len == 0 || len > limit(self.facts.max_transfer) || !self.is_aligned(&range) || flush {
+            return None;
+        }
+        let guard = match self.block() {
+            1 => Guard::none(),
+            _ => self.locks.enter_now(range)?,
+        };
+        let written = self.engine.write_nowait(buf, offset, flags);
+        guard.finish();
+        written
     }
 
     async fn flush(&self) -> Result {

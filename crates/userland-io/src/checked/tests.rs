@@ -17,6 +17,7 @@ use crate::{CrashLevel, Error, ExtentKind};
 enum Call {
     Read(u64, usize),
     Write(u64, usize, WriteFlags),
+    WriteNow(u64, usize, WriteFlags),
     Flush,
     Trim(Range<u64>),
     Zeroes(Range<u64>, WriteFlags),
@@ -94,6 +95,12 @@ impl Engine for Handle {
         }
         buf.copy_to(&mut self.0.bytes.lock().unwrap()[place]);
         Ok(())
+    }
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        self.note(WriteNow(offset, buf.len(), flags));
+        let place = self.place(offset, buf.len());
+        buf.copy_to(&mut self.0.bytes.lock().unwrap()[place]);
+        Some(Ok(()))
     }
     async fn flush(&self) -> Result {
         self.note(Flush);
@@ -214,6 +221,62 @@ async fn what_is_lent_is_what_was_asked_for_and_comes_once() {
     assert_eq!(lent(&disk, 8..12), [b"four"]);
     disk.close().await.unwrap();
     assert!(lent(&disk, 8..12).is_empty(), "closed");
+}
+
+#[tokio::test]
+async fn what_does_not_wait_arrives_as_it_is_or_not_at_all() {
+    let mut geometry = blocks();
+    geometry.max_transfer = 4 * geometry.logical_block_size;
+    let block = geometry.logical_block_size as usize;
+    let bytes = vec![7; 5 * block];
+    let now = |disk: &Checked<Handle>, len, offset, flags| {
+        disk.write_nowait(&WriteBuf::new(&bytes[..len]), offset, flags)
+            .is_some()
+    };
+    let fua = WriteFlags::FUA;
+    let (engine, disk) = edge(geometry);
+    let size = geometry.size;
+    assert!(now(&disk, 2 * block, block as u64, PLAIN));
+    assert_eq!(engine.calls(), [WriteNow(block as u64, 2 * block, PLAIN)]);
+    for (len, offset, flags, why) in [
+        (0, 0, PLAIN, "empty"),
+        (block, size, PLAIN, "outside"),
+        (block, 1, PLAIN, "a part of a block"),
+        (5 * block, 0, PLAIN, "too long"),
+        (block, 0, fua, "a flush would have to follow"),
+    ] {
+        assert!(!now(&disk, len, offset, flags), "{why}");
+        assert_eq!(engine.calls(), [], "{why}");
+    }
+    disk.close().await.unwrap();
+    assert!(!now(&disk, block, 0, PLAIN), "closed");
+    let (engine, disk) = edge(geometry.into_read_only());
+    assert!(!now(&disk, block, 0, PLAIN), "read-only");
+    assert_eq!(engine.calls(), []);
+    geometry.features |= Features::FUA;
+    let (engine, disk) = edge(geometry);
+    assert!(now(&disk, block, 0, fua));
+    assert_eq!(engine.calls(), [WriteNow(0, block, fua)]);
+}
+
+#[tokio::test]
+async fn nothing_overtakes_a_read_modify_write() {
+    let disk = Checked::new(Handle::gated(blocks(), Some(Semaphore::new(0)))).unwrap();
+    let block = u64::from(blocks().logical_block_size);
+    let now = |offset| {
+        let bytes = vec![7; block as usize];
+        disk.write_nowait(&WriteBuf::new(&bytes), offset, PLAIN)
+            .is_some()
+    };
+    let part = WriteBuf::new(&[1]);
+    let mut modify = Box::pin(disk.write(&part, 1, PLAIN));
+    assert!(poll(modify.as_mut()).is_pending());
+    assert!(!now(0), "the same block");
+    assert!(now(block), "another");
+    drop(modify);
+    assert!(!now(0), "it may still act");
+    disk.flush().await.unwrap();
+    assert!(now(0), "and now no more");
 }
 
 #[tokio::test]

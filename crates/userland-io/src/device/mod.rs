@@ -192,6 +192,19 @@ impl<E: Engine> Device<E> {
             .await
     }
 
+    /// See [`Engine::write_nowait`].
+    pub fn write_nowait(
+        &self,
+        buf: &WriteBuf<'_>,
+        offset: u64,
+        flags: WriteFlags,
+    ) -> Option<Result> {
+        self.writable().ok()?;
+        let len = buf.len() as u64;
+        let writing = || self.inner.engine.write_nowait(buf, offset, flags);
+        self.inner.monitor.now(Op::Write, offset, len, writing)
+    }
+
     /// See [`Engine::flush`].
     pub async fn flush(&self) -> Result {
         let flushing = self.inner.engine.flush();

@@ -66,6 +66,28 @@ impl Monitor {
         ended
     }
 
+    /// As [`run`](Self::run), for what is done by `call`, unless that answers `None`.
+    pub(super) fn now(
+        &self,
+        op: Op,
+        offset: u64,
+        len: u64,
+        call: impl FnOnce() -> Option<Result>,
+    ) -> Option<Result> {
+        // Whoever then asks by a future is told why not.
+        self.healthy().ok()?;
+        let start = is_next_sampled().then(Instant::now);
+        let result = self
+            .guard(op, call)
+            .unwrap_or_else(|error| Some(Err(error)))?;
+        is_sampled();
+        let took = start.map(|start| start.elapsed());
+        let done = result.is_ok().then_some(len);
+        self.counters.count(op, done, took, false);
+        report(op, offset, len, &result, took);
+        Some(result)
+    }
+
     /// Fails once a mutation or a flush has panicked.
     pub(super) fn healthy(&self) -> Result {
         match self.poisoned.load(Ordering::Acquire) {
@@ -77,9 +99,9 @@ impl Monitor {
         }
     }
 
-    /// Polls, turning a panic into an error and remembering it if it may have left something half-way.
-    fn guard<T>(&self, op: Op, poll: impl FnOnce() -> Poll<Result<T>>) -> Poll<Result<T>> {
-        catch_unwind(AssertUnwindSafe(poll)).unwrap_or_else(|panic| {
+    /// Calls, turning a panic into an error and remembering it if it may have left something half-way.
+    fn guard<T>(&self, op: Op, call: impl FnOnce() -> T) -> Result<T> {
+        catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
             if op.is_mutation_or_flush() {
                 self.poisoned.store(true, Ordering::Release);
             }
@@ -89,8 +111,14 @@ impl Monitor {
                 _ => "no message",
             };
             let text = format!("the engine panicked: {text}");
-            Poll::Ready(Err(Error::new(ErrorKind::Io, text)))
+            Error::new(ErrorKind::Io, text)
         })
+    }
+
+    /// As [`guard`](Self::guard), for a poll.
+    fn poll(&self, op: Op, poll: impl FnOnce() -> Poll<Result>) -> Poll<Result> {
+        self.guard(op, poll)
+            .unwrap_or_else(|error| Poll::Ready(Err(error)))
     }
 }
 
@@ -125,7 +153,7 @@ impl<F: Future<Output = Result>> Future for Request<'_, F> {
                     this.monitor.healthy()?;
                 }
                 let start = is_sampled().then(Instant::now);
-                match this.monitor.guard(op, || future.poll(cx)) {
+                match this.monitor.poll(op, || future.poll(cx)) {
                     Poll::Ready(result) => (result, start.map(|start| start.elapsed()), false),
                     Poll::Pending => {
                         *this.state = State::Waiting(start.unwrap_or_else(Instant::now));
@@ -134,7 +162,7 @@ impl<F: Future<Output = Result>> Future for Request<'_, F> {
                 }
             }
             State::Waiting(start) => {
-                let result = ready!(this.monitor.guard(op, || future.poll(cx)));
+                let result = ready!(this.monitor.poll(op, || future.poll(cx)));
                 (result, Some(start.elapsed()), true)
             }
         };

@@ -49,6 +49,14 @@ impl Engine for Puppet {
         self.stumble(Op::Write);
         Ok(())
     }
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Option<Result> {
+        self.stumble(Op::Write);
+        // The first block has to be waited for.
+        (offset > 0).then(|| match buf.len() {
+            1 => Err(ErrorKind::NoSpace.into()),
+            _ => Ok(()),
+        })
+    }
     async fn flush(&self) -> Result {
         self.flushes.fetch_add(1, Ordering::Relaxed);
         self.stumble(Op::Flush);
@@ -137,6 +145,36 @@ async fn what_is_lent_counts_as_read() {
     let stats = device.stats();
     let read = stats.of(Op::Read);
     assert_eq!((read.ops, read.bytes, read.errors), (1, 512, 0));
+}
+
+#[tokio::test]
+async fn a_write_that_does_not_wait_counts_as_one() {
+    let device = Device::open(Puppet::new(writable(CrashLevel::Flush)))
+        .await
+        .unwrap();
+    let now = |device: &Device<Puppet>, offset, len| {
+        let buf = WriteBuf::new(&[0; 8][..len]);
+        device.write_nowait(&buf, offset, WriteFlags::empty())
+    };
+    assert!(now(&device, 0, 8).is_none());
+    assert!(now(&device.read_only(), 8, 8).is_none());
+    assert_eq!(device.stats().of(Op::Write).ops, 0, "nothing was done");
+    now(&device, 8, 8).unwrap().unwrap();
+    let full = now(&device, 8, 1).unwrap().unwrap_err();
+    assert_eq!(full.kind(), ErrorKind::NoSpace);
+    let stats = device.stats();
+    let write = stats.of(Op::Write);
+    assert_eq!((write.ops, write.bytes, write.errors), (2, 8, 1));
+    *device.get_ref().panic_in.lock().unwrap() = Some(Op::Write);
+    let fallen = now(&device, 8, 8).unwrap().unwrap_err();
+    assert!(fallen.to_string().contains("told to fall"), "{fallen}");
+    *device.get_ref().panic_in.lock().unwrap() = None;
+    assert!(now(&device, 8, 8).is_none(), "what it left is not known");
+    assert_eq!(write_error(&device).await, ErrorKind::Io);
+}
+
+async fn write_error(device: &Device<Puppet>) -> ErrorKind {
+    write(device).await.unwrap_err().kind()
 }
 
 /// Panics when it has lent what lies behind the first byte, and before it lends that.

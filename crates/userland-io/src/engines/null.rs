@@ -62,6 +62,10 @@ impl Engine for Null {
         Ok(())
     }
 
+    fn write_nowait(&self, _: &WriteBuf<'_>, _: u64, _: WriteFlags) -> Option<Result> {
+        Some(Ok(()))
+    }
+
     async fn flush(&self) -> Result {
         Ok(())
     }

@@ -117,6 +117,10 @@ impl<E: Engine> Filter for OffsetEngine<E> {
         self.lower.write(buf, self.shift(offset), flags)
     }
 
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        self.lower.write_nowait(buf, self.shift(offset), flags)
+    }
+
     fn discard(&self, range: Range<u64>) -> impl Future<Output = Result> + Send {
         self.lower.discard(self.shifted(range))
     }

@@ -151,10 +151,27 @@ impl<E: Engine> Filter for StatsEngine<E> {
         self.stats.note(Operation::Read, len, result)
     }
 
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        let len = len(&range);
+        let mut lent = false;
+        self.lower.lend(range, &mut |bytes| {
+            lent = true;
+            to(bytes);
+        });
+        if lent {
+            let _ = self.stats.note(Operation::Read, len, Ok(()));
+        }
+    }
+
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
         let len = buf.len() as u64;
         let result = self.lower.write(buf, offset, flags).await;
         self.stats.note(Operation::Write, len, result)
+    }
+
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        let result = self.lower.write_nowait(buf, offset, flags)?;
+        Some(self.stats.note(Operation::Write, buf.len() as u64, result))
     }
 
     async fn flush(&self) -> Result {
@@ -236,6 +253,21 @@ mod tests {
             "read 1 (512 bytes), write 3 (200 bytes, 1 failed), flush 1, discard 1 (4096 bytes), \
              write_zeroes 1 (10 bytes), extents 1 (7 bytes), prefetch 1 (9 bytes)"
         );
+    }
+
+    #[tokio::test]
+    async fn what_does_not_wait_counts_if_it_was_done() {
+        let stats = Stats::new();
+        let disk = Memory::new(8192).layer(stats.clone()).unwrap();
+        let lend = || Engine::lend(&disk, 0..512, &mut |_| ());
+        lend();
+        let page = WriteBuf::new(&[1; 512]);
+        let written = Engine::write_nowait(&disk, &page, 0, WriteFlags::empty());
+        written.unwrap().unwrap();
+        let outside = Engine::write_nowait(&disk, &page, 8000, WriteFlags::empty());
+        assert!(outside.is_none());
+        lend();
+        assert_eq!(stats.to_string(), "read 1 (512 bytes), write 1 (512 bytes)");
     }
 
     #[tokio::test]

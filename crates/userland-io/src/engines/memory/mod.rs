@@ -233,6 +233,10 @@ impl Engine for Memory {
         Ok(())
     }
 
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Option<Result> {
+        (buf.len() <= TURN).then(|| self.write_turn(buf, offset))
+    }
+
     async fn flush(&self) -> Result {
         Ok(())
     }
@@ -341,6 +345,24 @@ mod tests {
         assert_eq!(lent(3 * C..3 * C + 1), None, "never written");
         disk.resize(C);
         assert_eq!(lent(C..C + 1), None, "beyond the end");
+    }
+
+    #[tokio::test]
+    async fn what_is_short_is_written_without_waiting() {
+        let disk = Memory::new(16 * C);
+        let bytes: Vec<u8> = (0..8 * CHUNK).map(|i| (i / 7) as u8).collect();
+        let now =
+            |len, at| disk.write_nowait(&WriteBuf::new(&bytes[..len]), at, WriteFlags::empty());
+        now(TURN, C - 100).unwrap().unwrap();
+        let mut back = vec![9; TURN];
+        disk.read(&mut ReadBuf::new(&mut back), C - 100)
+            .await
+            .unwrap();
+        assert!(back[..] == bytes[..TURN]);
+        assert!(now(TURN + 1, 0).is_none(), "others' turn would come late");
+        disk.resize(C);
+        let refused = now(1, C).unwrap().unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::OutOfRange);
     }
 
     #[tokio::test]
