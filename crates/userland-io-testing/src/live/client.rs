@@ -118,7 +118,7 @@ impl Client {
                     .record
                     .event(|history| history.end_extents(id, &result));
             }
-            Request::Write(_, flags) => front.write(&WriteBuf::new(&content), offset, *flags).await,
+            Request::Write(_, flags) => write(front, &content, offset, *flags).await,
             Request::Zeroes(_, flags) => {
                 refusable = flags.contains(WriteFlags::FAST_ONLY);
                 front.write_zeroes(range, *flags).await
@@ -157,6 +157,20 @@ impl Client {
         if !refused && !full && self.allowed != Allowed::Everything {
             self.record.complain(format!("#{id} failed: {error}"));
         }
+    }
+}
+
+/// Writes.
+async fn write(front: &Checked<AnyEngine>, bytes: &[u8], offset: u64, flags: WriteFlags) -> Result {
+    let buf = WriteBuf::new(bytes);
+    // Half of them as by a transport that does not wait where it need not.
+    let now = match fastrand::bool() {
+        true => front.write_nowait(&buf, offset, flags),
+        false => None,
+    };
+    match now {
+        Some(result) => result,
+        None => front.write(&buf, offset, flags).await,
     }
 }
 

@@ -55,6 +55,10 @@ impl Engine for Through {
         self.device()?.write(buf, offset, flags).await
     }
 
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        self.device().ok()?.write_nowait(buf, offset, flags)
+    }
+
     async fn flush(&self) -> Result {
         self.device()?.flush().await
     }

@@ -320,6 +320,40 @@ impl SimDisk {
         Err(Error::new(kind, "injected"))
     }
 
+    /// Refuses, and notes, a write that no caller may ask for; else tells what it consists of.
+    fn written(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result<Vec<Piece>> {
+        let geometry = self.geometry();
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        let claimed = self.writable()
+            && (flags - WriteFlags::FUA).is_empty()
+            && (!flags.contains(WriteFlags::FUA) || geometry.features.contains(Features::FUA));
+        let block = geometry.logical_block_size;
+        self.check("write", &range, geometry.max_transfer, block, claimed)?;
+        Ok(self.state().store.pieces(range, |part| {
+            let mut data = vec![0; part.len()];
+            buf.slice(part).copy_to(&mut data);
+            Some(Bytes::Data(data.into()))
+        }))
+    }
+
+    /// Begins a mutation of these pieces.
+    fn submit(&self, pieces: impl FnOnce(&Store) -> Vec<Piece>, grows: bool) -> Result<usize> {
+        let world = &self.0.world;
+        let mut state = self.state();
+        if state.latched {
+            return Err(Error::new(ErrorKind::Io, "an earlier flush failed"));
+        }
+        let pieces = pieces(&state.store);
+        if grows && let Some(capacity) = self.0.config.capacity {
+            let more = (pieces.len() * state.store.unit_len()) as u64;
+            if state.store.allocated() + more > capacity {
+                return Err(ErrorKind::NoSpace.into());
+            }
+        }
+        state.store.stir(world);
+        Ok(state.store.submit(pieces, world))
+    }
+
     async fn mutate(
         &self,
         pieces: impl FnOnce(&Store) -> Vec<Piece>,
@@ -328,21 +362,7 @@ impl SimDisk {
     ) -> Result {
         let world = &self.0.world;
         let fault = self.enter();
-        let call = {
-            let mut state = self.state();
-            if state.latched {
-                return Err(Error::new(ErrorKind::Io, "an earlier flush failed"));
-            }
-            let pieces = pieces(&state.store);
-            if grows && let Some(capacity) = self.0.config.capacity {
-                let more = (pieces.len() * state.store.unit_len()) as u64;
-                if state.store.allocated() + more > capacity {
-                    return Err(ErrorKind::NoSpace.into());
-                }
-            }
-            state.store.stir(world);
-            state.store.submit(pieces, world)
-        };
+        let call = self.submit(pieces, grows)?;
         let mut owner = Owner {
             disk: self,
             call: Some(call),
@@ -441,22 +461,29 @@ impl Engine for SimDisk {
     }
 
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
-        let geometry = self.geometry();
-        let range = offset..offset.saturating_add(buf.len() as u64);
+        let pieces = self.written(buf, offset, flags)?;
         let fua = flags.contains(WriteFlags::FUA);
-        let claimed = self.writable()
-            && (flags - WriteFlags::FUA).is_empty()
-            && (!fua || geometry.features.contains(Features::FUA));
-        let block = geometry.logical_block_size;
-        self.check("write", &range, geometry.max_transfer, block, claimed)?;
-        let pieces = |store: &Store| {
-            store.pieces(range, |part| {
-                let mut data = vec![0; part.len()];
-                buf.slice(part).copy_to(&mut data);
-                Some(Bytes::Data(data.into()))
-            })
+        self.mutate(|_| pieces, true, fua).await
+    }
+
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        let world = &self.0.world;
+        // Now and then there is something to wait for.
+        if world.one_in(3) || !world.try_event() {
+            return None;
+        }
+        let write = || {
+            let pieces = self.written(buf, offset, flags)?;
+            let fault = self.enter();
+            let call = self.submit(|_| pieces, true)?;
+            let some = fault.map_or(usize::MAX, |_| world.draw(4) as usize);
+            let durable = fault.is_none() && flags.contains(WriteFlags::FUA);
+            let mut state = self.state();
+            state.store.land(call, some, world);
+            state.store.finish(call, fault.is_none(), durable);
+            fault.map_or(Ok(()), |kind| Err(Error::new(kind, "injected")))
         };
-        self.mutate(pieces, true, fua).await
+        Some(write())
     }
 
     async fn flush(&self) -> Result {

@@ -93,7 +93,8 @@ impl World {
         })
     }
 
-    fn try_event(&self) -> bool {
+    /// As [`event`](Self::event), but does not wait: false once the world has stopped.
+    pub(super) fn try_event(&self) -> bool {
         let mut state = self.state();
         if state.stopped || state.stop_at.is_some_and(|at| state.events >= at) {
             state.stopped = true;

@@ -31,4 +31,5 @@ pub(crate) enum Bug {
     FlushErrorSwallowed,
     RecoveryWithoutFlush,
     StaleLend,
+    NowaitTailLate,
 }

@@ -27,7 +27,7 @@ enum Vehicle {
     Journal,
 }
 
-const BUGS: [(Bug, Vehicle, &[Clause]); 26] = {
+const BUGS: [(Bug, Vehicle, &[Clause]); 27] = {
     use Bug::*;
     use Clause::*;
     [
@@ -57,6 +57,7 @@ const BUGS: [(Bug, Vehicle, &[Clause]); 26] = {
         (FlushErrorSwallowed, Vehicle::Pass, &[Flush]),
         (RecoveryWithoutFlush, Vehicle::Journal, &[Recovery, Sync]),
         (StaleLend, Vehicle::Pass, LIVE),
+        (NowaitTailLate, Vehicle::Pass, LIVE),
     ]
 };
 

@@ -180,6 +180,23 @@ impl Filter for Pass {
         result
     }
 
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        let head = buf.len().saturating_sub(self.block() as usize);
+        match self.bug {
+            Bug::None => self.lower.write_nowait(buf, offset, flags),
+            Bug::NowaitTailLate if head > 0 => {
+                let written = self
+                    .lower
+                    .write_nowait(&buf.slice(0..head), offset, flags)?;
+                let mut tail = vec![0; buf.len() - head];
+                buf.slice(head..buf.len()).copy_to(&mut tail);
+                self.later(offset + head as u64, tail, 2);
+                Some(written)
+            }
+            _ => None,
+        }
+    }
+
     async fn flush(&self) -> Result {
         match self.bug {
             Bug::FlushDoesNothing => Ok(()),
