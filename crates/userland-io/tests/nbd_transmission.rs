@@ -1,14 +1,17 @@
 //! The request loop of the NBD server: what requests do, in each mode of replies.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
-use userland_io::transports::nbd::wire::{CommandFlags, cmd};
-use userland_io::{AnyEngine, Device, Engine, Features, Geometry, ReadBuf, Result};
+use userland_io::transports::nbd::wire::{CommandFlags, cmd, error};
+use userland_io::{
+    AnyEngine, CrashLevel, Device, Engine, ErrorKind, Features, Geometry, ReadBuf, Result,
+    WriteBuf, WriteFlags,
+};
 
 #[path = "common/nbd_peer.rs"]
 mod nbd_peer;
@@ -266,6 +269,57 @@ async fn short_reads_are_answered_with_what_is_lent() {
         assert_eq!(peer.read(0, 4096).await.data, [1; 4096], "not lent");
         assert_eq!(peer.read(1, 1).await.data, [1], "not asked for");
         assert_eq!(peer.read(MIB as u64 - 1, 1).await.data, [2]);
+        peer.leave().await;
+    }
+}
+
+/// Writes twos where it does not wait, which it does in the first block, and is full in the last.
+struct Hasty(Mutex<Vec<u8>>);
+
+impl Engine for Hasty {
+    fn geometry(&self) -> Geometry {
+        Geometry::writable(MIB as u64, CrashLevel::None)
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        buf.copy_from(&self.0.lock().unwrap()[offset as usize..][..buf.len()]);
+        Ok(())
+    }
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Result {
+        self.0.lock().unwrap()[offset as usize..][..buf.len()].fill(1);
+        Ok(())
+    }
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Option<Result> {
+        if offset < 4096 {
+            return None;
+        }
+        if offset >= MIB as u64 - 4096 {
+            return Some(Err(ErrorKind::NoSpace.into()));
+        }
+        buf.copy_to(&mut self.0.lock().unwrap()[offset as usize..][..buf.len()]);
+        Some(Ok(()))
+    }
+}
+
+#[tokio::test]
+async fn a_write_that_is_at_hand_is_done_without_waiting() {
+    for mode in MODES {
+        let device = Device::open(AnyEngine::new(Hasty(Mutex::new(vec![0; MIB])))).await;
+        let mut peer = Peer::new(&device.unwrap(), session(mode, MIB as u64));
+        let last = MIB as u64 - 4096;
+        for (offset, expected) in [
+            (8192, 0),
+            (last, error::ENOSPC),
+            (0, 0),
+            (4096, 0),
+            (4096, 0),
+        ] {
+            let write = peer.send(cmd::WRITE, NONE, offset, 4096, &[2; 4096]).await;
+            let (cookie, reply) = peer.receive().await;
+            assert_eq!((cookie, reply.error), (write, expected), "{offset}");
+        }
+        assert_eq!(peer.read(8192, 4096).await.data, [2; 4096]);
+        assert_eq!(peer.read(0, 4096).await.data, [1; 4096], "it waits");
+        assert_eq!(peer.read(4096, 4096).await.data, [2; 4096], "asked again");
         peer.leave().await;
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! One task serves one connection, and spawns nothing. One receive brings many
 //! requests (`input`); each is checked (`request`), started in a slot and polled
-//! once at once (`command`), but for a short read of what the engine has in memory, which is answered there and then; replies gather
+//! once at once (`command`), but for short reads and writes that the device does there and then (`nowait`); replies gather
 //! (`reply`, `output`) and go out together when the input is used up or enough of them wait. A short write stays where it was
 //! received; other bytes are in buffers of a `pool`, so that a request allocates nothing, and who rests lends what it works with
 //! to others (`kits`). With nothing to do it stays awake for the next request a little (`linger`) before it sleeps. `connection` is that loop.
@@ -16,8 +16,8 @@ mod connection;
 mod holes;
 mod input;
 mod kits;
-mod lending;
 mod linger;
+mod nowait;
 mod output;
 mod pool;
 mod reply;
@@ -26,7 +26,6 @@ mod status;
 
 use std::future::{Future, poll_fn};
 use std::io;
-use std::ops::Range;
 use std::pin::pin;
 
 pub use budget::Budget;
@@ -56,9 +55,8 @@ pub async fn run<S: Socket, E: Engine>(
     environment: Environment,
 ) -> io::Result<()> {
     let mut shutdown = environment.shutdown.clone();
-    let lend = |range: Range<u64>, to: &mut dyn FnMut(&[u8])| device.lend(range, to);
     let run = |job| command::run(&device, &session, job);
-    let mut connection = Connection::new(stream, input, &session, &environment, run, &lend);
+    let mut connection = Connection::new(stream, input, &session, &environment, run, &device);
     connection.suit(&device.geometry());
     let mut shutdown = pin!(shutdown.wait());
     let mut is_stopping = false;

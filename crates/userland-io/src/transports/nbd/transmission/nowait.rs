@@ -1,33 +1,49 @@
-//! When to ask an engine for bytes that it has in memory: most lend nothing, and are asked ever less.
+//! What a device may do without waiting, so that a request needs no future: and when to ask it, since most engines never
+//! do, and are asked ever less.
 
-use super::output;
+use std::ops::Range;
 
-/// The most short reads in a row that are not asked for.
+use crate::{Device, Engine, Result, WriteBuf, WriteFlags};
+
+/// A device, as far as it does not wait.
+pub(super) trait Nowait: Sync {
+    /// See [`Device::lend`].
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) -> bool;
+    /// See [`Device::write_nowait`].
+    fn write(&self, bytes: &[u8], offset: u64, flags: WriteFlags) -> Option<Result>;
+}
+
+impl<E: Engine> Nowait for Device<E> {
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) -> bool {
+        Device::lend(self, range, to)
+    }
+    fn write(&self, bytes: &[u8], offset: u64, flags: WriteFlags) -> Option<Result> {
+        self.write_nowait(&WriteBuf::new(bytes), offset, flags)
+    }
+}
+
+/// The most requests in a row that are not asked for.
 const MOST_SKIPPED: u32 = 63;
 
-/// What a connection learned about its short reads.
+/// What a connection learned about one kind of request.
 #[derive(Debug, Default)]
-pub(super) struct Lending {
+pub(super) struct Asking {
     skip: u32,
     /// How many were skipped after the last refusal.
     pause: u32,
 }
 
-impl Lending {
-    /// True if the engine should be asked to lend the `len` bytes of a read.
-    pub(super) fn ask(&mut self, len: u64) -> bool {
-        // A longer read is sent from a buffer of its own, which costs no copy either.
-        if len > output::COPIED as u64 {
-            return false;
-        }
+impl Asking {
+    /// True if the device should be asked to do the next request without waiting.
+    pub(super) fn ask(&mut self) -> bool {
         let asks = self.skip == 0;
         self.skip = self.skip.saturating_sub(1);
         asks
     }
 
     /// Takes the answer.
-    pub(super) fn learn(&mut self, lent: bool) {
-        self.pause = match lent {
+    pub(super) fn learn(&mut self, done: bool) {
+        self.pause = match done {
             true => 0,
             false => (2 * self.pause + 1).min(MOST_SKIPPED),
         };
@@ -40,19 +56,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_engine_that_lends_nothing_is_asked_ever_less() {
-        let mut lending = Lending::default();
+    fn an_engine_that_always_waits_is_asked_ever_less() {
+        let mut asking = Asking::default();
         let mut asked = 0;
         for _ in 0..6400 {
-            if lending.ask(4096) {
+            if asking.ask() {
                 asked += 1;
-                lending.learn(false);
+                asking.learn(false);
             }
         }
         assert!((100..110).contains(&asked), "{asked}");
-        while !lending.ask(1) {}
-        lending.learn(true);
-        assert!(lending.ask(1), "what was lent brings the questions back");
-        assert!(!lending.ask(output::COPIED as u64 + 1));
+        while !asking.ask() {}
+        asking.learn(true);
+        assert!(asking.ask(), "what was done brings the questions back");
     }
 }

@@ -20,18 +20,18 @@ use super::super::session::{ReplyMode, Session};
 use super::super::socket::Socket;
 use super::super::wire::{self, cmd};
 use super::budget::Account;
-use super::command::{Done, Job, Outcome};
+use super::command::{Done, Failure, Job, Outcome};
 use super::holes::Holes;
 use super::input::Input;
 use super::kits::{Kit, Kits};
-use super::lending::Lending;
 use super::linger::Linger;
-use super::output::Output;
+use super::nowait::{Asking, Nowait};
+use super::output::{self, Output};
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
 use super::request::{self, Command, Refusal, Request, Tag};
 use super::status;
-use crate::{Features, Geometry, Slots};
+use crate::{Features, Geometry, Slots, WriteFlags};
 use leaving::{Farewell, State};
 
 /// No request is started while so many bytes wait to be sent, in the case that every request
@@ -52,8 +52,9 @@ pub(super) struct Connection<'a, S, F, G> {
     limits: &'a Limits,
     replies: Replies,
     make: G,
-    lend: &'a Lend<'a>,
-    lending: Lending,
+    device: &'a dyn Nowait,
+    reads: Asking,
+    writes: Asking,
     slots: Slots<F>,
     input: Input,
     output: Output,
@@ -84,9 +85,6 @@ pub(super) struct Connection<'a, S, F, G> {
     /// The stream's end has been seen, before everything in front of it was taken.
     has_ended: bool,
 }
-
-/// Shows bytes of a range that are in memory, and answers whether it did: see [`Device::lend`](crate::Device::lend).
-type Lend<'a> = dyn Fn(Range<u64>, &mut dyn FnMut(&[u8])) -> bool + Sync + 'a;
 
 /// What the next bytes are.
 #[derive(Debug)]
@@ -125,14 +123,14 @@ where
     F: Future<Output = Done>,
     G: FnMut(Job) -> F,
 {
-    /// A connection whose requests run as the futures that `make` makes, but for short reads of what `lend` has.
+    /// A connection whose requests run as the futures that `make` makes, but for what `device` does without waiting.
     pub(super) fn new(
         stream: S,
         input: Vec<u8>,
         session: &'a Session,
         environment: &'a Environment,
         make: G,
-        lend: &'a Lend<'a>,
+        device: &'a dyn Nowait,
     ) -> Self {
         let limits = &*environment.limits;
         Connection {
@@ -141,8 +139,9 @@ where
             limits,
             replies: Replies::new(session.replies),
             make,
-            lend,
-            lending: Lending::default(),
+            device,
+            reads: Asking::default(),
+            writes: Asking::default(),
             slots: Slots::new(limits.max_in_flight.max(1)),
             input: Input::new(input),
             output: Output::new(),
@@ -392,8 +391,15 @@ where
             Command::Read { .. } => request.length as usize,
             _ => payload as usize,
         };
-        if matches!(request.command, Command::Read { .. }) && self.read_at_once(&request) {
-            self.input.consume(header_length);
+        let is_done = match request.command {
+            Command::Read { .. } => self.read_now(&request),
+            Command::Write(flags) => {
+                self.write_now(&request, flags, header_length..header_length + length)
+            }
+            _ => false,
+        };
+        if is_done {
+            self.input.consume(header_length + payload as usize);
             return Poll::Ready(());
         }
         let charge = match request.command {
@@ -451,17 +457,39 @@ where
     }
 
     /// Answers a short read with what the engine has in memory. False if it has to be asked.
-    fn read_at_once(&mut self, request: &Request) -> bool {
-        if !self.lending.ask(request.length) {
+    fn read_now(&mut self, request: &Request) -> bool {
+        // A longer one is sent from a buffer of its own, which costs no copy either.
+        if request.length > output::COPIED as u64 || !self.reads.ask() {
             return false;
         }
         let (replies, out) = (self.replies, &mut self.output);
         let (tag, offset) = (request.tag, request.offset);
-        let lent = (self.lend)(offset..offset + request.length, &mut |bytes| {
-            replies.bytes(out, tag, offset, bytes);
-        });
-        self.lending.learn(lent);
+        let lent = self
+            .device
+            .lend(offset..offset + request.length, &mut |bytes| {
+                replies.bytes(out, tag, offset, bytes);
+            });
+        self.reads.learn(lent);
         lent
+    }
+
+    /// Writes what lies at `place` of the bytes at hand, and answers, if all of it is there and the engine need not wait.
+    fn write_now(&mut self, request: &Request, flags: WriteFlags, place: Range<usize>) -> bool {
+        let Some(bytes) = self.input.bytes().get(place) else {
+            return false;
+        };
+        if !self.writes_in_place || bytes.is_empty() || !self.writes.ask() {
+            return false;
+        }
+        let written = self.device.write(bytes, request.offset, flags);
+        self.writes.learn(written.is_some());
+        let out = &mut self.output;
+        match written {
+            Some(Ok(())) => self.replies.success(out, request.tag),
+            Some(Err(error)) => self.replies.failure(out, request, &Failure::Device(error)),
+            None => return false,
+        }
+        true
     }
 
     fn start_with_payload(&mut self) {
