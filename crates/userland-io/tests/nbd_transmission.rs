@@ -324,6 +324,94 @@ async fn a_write_that_is_at_hand_is_done_without_waiting() {
     }
 }
 
+/// Stores at once what lies before `waits`, is full from `full` on, and notes each write: where, how long, and whether at once.
+struct Wavering {
+    bytes: Mutex<Vec<u8>>,
+    waits: u64,
+    full: u64,
+    writes: Mutex<Vec<(u64, usize, bool)>>,
+}
+
+impl Wavering {
+    fn store(&self, buf: &WriteBuf<'_>, offset: u64, at_once: bool) -> Result {
+        let note = (offset, buf.len(), at_once);
+        self.writes.lock().unwrap().push(note);
+        if offset + buf.len() as u64 > self.full {
+            return Err(ErrorKind::NoSpace.into());
+        }
+        buf.copy_to(&mut self.bytes.lock().unwrap()[offset as usize..][..buf.len()]);
+        Ok(())
+    }
+}
+
+impl Engine for Wavering {
+    fn geometry(&self) -> Geometry {
+        let mut geometry = Geometry::writable(4 * MIB as u64, CrashLevel::None);
+        geometry.atomic_write_unit = 8192;
+        geometry
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        buf.copy_from(&self.bytes.lock().unwrap()[offset as usize..][..buf.len()]);
+        Ok(())
+    }
+    async fn write(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Result {
+        self.store(buf, offset, false)
+    }
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Option<Result> {
+        (offset + (buf.len() as u64) <= self.waits).then(|| self.store(buf, offset, true))
+    }
+}
+
+#[tokio::test]
+async fn a_long_write_is_stored_in_pieces_for_as_long_as_that_need_not_wait() {
+    const END: u64 = 4 * MIB as u64;
+    const HALF: u64 = END / 2;
+    for (waits, full, expected) in [(END, END, 0), (HALF, END, 0), (END, HALF, error::ENOSPC)] {
+        for mode in MODES {
+            let device = Device::open(Wavering {
+                bytes: Mutex::new(vec![0; END as usize]),
+                waits,
+                full,
+                writes: Mutex::default(),
+            });
+            let device = device.await.unwrap();
+            let mut peer = Peer::new(&device, session(mode, END));
+            let (offset, len) = (512, END as usize - 1024);
+            let data = pattern(1, offset, len);
+            let answer = peer.write(offset, &data).await;
+            assert_eq!(answer.error, expected, "{mode:?}");
+            let writes = std::mem::take(&mut *device.get_ref().writes.lock().unwrap());
+            let mut at = offset;
+            for (offset, len, at_once) in &writes {
+                assert_eq!(*offset, at);
+                at += *len as u64;
+                let is_last = at == END - 512;
+                assert!(
+                    is_last || (at % 8192 == 0 && *len >= 32 << 10),
+                    "{writes:?}"
+                );
+                assert_eq!(*at_once, at <= waits, "{writes:?}");
+            }
+            assert!(writes.len() > 4, "{writes:?}");
+            // What follows is not taken for what was to be written, and vice versa.
+            let stored = peer.read(offset, len).await.data;
+            match full == END {
+                true => {
+                    assert_eq!(at, END - 512);
+                    assert!(stored == data);
+                }
+                false => {
+                    let (failed_at, ..) = writes[writes.len() - 1];
+                    assert!(failed_at <= HALF && at > HALF, "{writes:?}");
+                    let (here, beyond) = stored.split_at((failed_at - offset) as usize);
+                    assert!(data.starts_with(here) && beyond.iter().all(|byte| *byte == 0));
+                }
+            }
+            peer.leave().await;
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn disc_finishes_what_is_in_flight_and_answers_it() {
     for mode in MODES {

@@ -4,6 +4,7 @@
 //! is to send, receive if something more is wanted; and sleep when a round moves nothing.
 
 mod leaving;
+mod long_writes;
 mod receiving;
 
 use std::collections::VecDeque;
@@ -33,6 +34,7 @@ use super::request::{self, Command, Refusal, Request, Tag};
 use super::status;
 use crate::{Features, Geometry, Slots, WriteFlags};
 use leaving::{Farewell, State};
+use long_writes::{LONG, LongWrite};
 
 /// No request is started while so many bytes wait to be sent, in the case that every request
 /// finishes at once: more would only leave the cache before they are sent.
@@ -69,6 +71,8 @@ pub(super) struct Connection<'a, S, F, G> {
     holes: Option<Holes>,
     /// What is written may stay where it was received.
     writes_in_place: bool,
+    /// What the pieces of a long write end at multiples of, if it may be in pieces.
+    piece_unit: Option<u64>,
     linger: Linger,
     phase: Phase,
     state: State,
@@ -97,6 +101,8 @@ enum Phase {
         filled: usize,
         charge: usize,
     },
+    /// What is left of the payload of a write that does not wait.
+    LongWrite(LongWrite),
     /// So many bytes that nobody wants, and then the refusal: a client may not look for a reply to
     /// what it is still sending.
     Refused {
@@ -153,6 +159,7 @@ where
             is_long_reads_turn: false,
             holes: None,
             writes_in_place: false,
+            piece_unit: None,
             linger: Linger::new(environment.chairs.clone()),
             phase: Phase::Header,
             state: State::Serving,
@@ -177,6 +184,7 @@ where
         }
         // A payload begins anywhere in what was received.
         self.writes_in_place = geometry.memory_alignment <= 1;
+        self.piece_unit = long_writes::unit(geometry);
     }
 
     /// Takes no more requests, and gives those in flight the grace period.
@@ -306,6 +314,14 @@ where
                         _ => break Wants::Input,
                     }
                 }
+                Phase::LongWrite(_) => {
+                    let phase = std::mem::replace(&mut self.phase, Phase::Header);
+                    if let Phase::LongWrite(write) = phase
+                        && let Some(wants) = self.write_pieces(cx, write)
+                    {
+                        break wants;
+                    }
+                }
                 Phase::Header => {
                     let in_flight = self.slots.in_flight() + self.long_reads.len();
                     if !self.has_room() || in_flight >= self.limits.max_in_flight.max(1) {
@@ -400,6 +416,20 @@ where
         };
         if is_done {
             self.input.consume(header_length + payload as usize);
+            return Poll::Ready(());
+        }
+        if length > LONG
+            && let Some(unit) = self.piece_unit
+            && let Command::Write(flags) = request.command
+            && self.writes.ask()
+        {
+            self.input.consume(header_length);
+            self.phase = Phase::LongWrite(LongWrite {
+                rest: request,
+                flags,
+                unit,
+                failed: None,
+            });
             return Poll::Ready(());
         }
         let charge = match request.command {
