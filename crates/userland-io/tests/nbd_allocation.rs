@@ -1,5 +1,7 @@
 //! Once a connection runs, requests to a static engine allocate nothing.
 
+use std::ops::Range;
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::ReplyMode;
@@ -12,10 +14,18 @@ mod counting;
 mod nbd_peer;
 use nbd_peer::{Peer, session};
 
-/// A memory disk whose requests wait once if `waits`.
+/// A memory disk.
 struct Disk {
     memory: Memory,
-    waits: bool,
+    way: Way,
+}
+
+/// How its requests are done.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    ByPlainCalls,
+    AtOnce,
+    WaitingOnce,
 }
 
 impl Engine for Disk {
@@ -23,16 +33,27 @@ impl Engine for Disk {
         self.memory.geometry()
     }
     async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
-        if self.waits {
+        if self.way == Way::WaitingOnce {
             tokio::task::yield_now().await;
         }
         self.memory.read(buf, offset).await
     }
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        if self.way == Way::ByPlainCalls {
+            self.memory.lend(range, to);
+        }
+    }
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
-        if self.waits {
+        if self.way == Way::WaitingOnce {
             tokio::task::yield_now().await;
         }
         self.memory.write(buf, offset, flags).await
+    }
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        match self.way {
+            Way::ByPlainCalls => self.memory.write_nowait(buf, offset, flags),
+            _ => None,
+        }
     }
     async fn flush(&self) -> Result {
         self.memory.flush().await
@@ -42,9 +63,9 @@ impl Engine for Disk {
 #[tokio::test]
 async fn reads_and_writes_of_4_kib_allocate_nothing() {
     const DEPTH: usize = 32;
-    for waits in [false, true] {
+    for way in [Way::ByPlainCalls, Way::AtOnce, Way::WaitingOnce] {
         let memory = Memory::new(1 << 20);
-        let device = Device::open(Disk { memory, waits }).await.unwrap();
+        let device = Device::open(Disk { memory, way }).await.unwrap();
         let mut peer = Peer::new(&device, session(ReplyMode::Simple, 1 << 20));
         for command in [cmd::WRITE, cmd::READ] {
             let is_write = command == cmd::WRITE;
@@ -73,7 +94,7 @@ async fn reads_and_writes_of_4_kib_allocate_nothing() {
                 assert!(replies.chunks(each).all(|reply| reply[4..8] == [0; 4]));
             }
             let allocated = counting::allocations() - before;
-            assert_eq!(allocated, 0, "command {command}, waits: {waits}");
+            assert_eq!(allocated, 0, "command {command}, {way:?}");
         }
         peer.leave().await;
     }

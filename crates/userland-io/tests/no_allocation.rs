@@ -1,5 +1,5 @@
 //! A request through a device and its slots allocates nothing in a static stack,
-//! and one small box at an erased boundary. The whole binary counts, so it is one test.
+//! and one small box at an erased boundary.
 
 use std::future::poll_fn;
 
