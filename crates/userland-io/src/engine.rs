@@ -63,7 +63,7 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Shows `to` the bytes of `range` where they are, if they are in memory and nothing has to be waited for: calls it once,
     /// with all of them, or not at all. A transport that sends them spares a copy so. It is a read of `range` that takes
-    /// effect during the call. `to` only copies, so a lock may be held meanwhile.
+    /// effect during the call. `to` does not wait, so a lock may be held meanwhile.
     ///
     /// If left out: never, and everybody reads. So does a layer that leaves it out: nothing passes its `read` by.
     fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {

@@ -273,6 +273,67 @@ async fn short_reads_are_answered_with_what_is_lent() {
     }
 }
 
+/// Lends a pattern, but for what begins in every tenth MiB, which has to be read.
+#[cfg(unix)]
+struct LongLender;
+
+#[cfg(unix)]
+impl LongLender {
+    const SIZE: u64 = 64 * MIB as u64;
+
+    fn lends(offset: u64) -> bool {
+        !(offset / MIB as u64).is_multiple_of(10)
+    }
+}
+
+#[cfg(unix)]
+impl Engine for LongLender {
+    fn geometry(&self) -> Geometry {
+        Geometry::read_only(Self::SIZE)
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
+        buf.copy_from(&pattern(1, offset, buf.len()));
+        Ok(())
+    }
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        if Self::lends(range.start) {
+            to(&pattern(2, range.start, (range.end - range.start) as usize));
+        }
+    }
+}
+
+/// A client that takes nothing before it has asked for everything: sockets take some replies whole, one in part, and then none.
+#[cfg(unix)]
+#[tokio::test]
+async fn long_reads_are_sent_from_where_they_are_as_far_as_the_socket_takes_them() {
+    for mode in MODES {
+        let device = Device::open(AnyEngine::new(LongLender)).await.unwrap();
+        let mut peer = Peer::through_unix(&device, session(mode, LongLender::SIZE));
+        let (mut asked, mut lent) = (std::collections::HashMap::new(), 0);
+        for index in 0..60_u64 {
+            let (offset, len) = (index * MIB as u64 + 13, (32 << 10) + 7919 * index);
+            let cookie = peer.send(cmd::READ, NONE, offset, len, &[]).await;
+            asked.insert(cookie, (offset, len as usize));
+        }
+        // Until it can do no more.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        while !asked.is_empty() {
+            let (cookie, answer) = peer.receive().await;
+            let (offset, len) = asked.remove(&cookie).unwrap();
+            assert_eq!(answer.error, 0);
+            // It need not have been asked to lend.
+            let is_lent = answer.data == pattern(2, offset, len);
+            assert!(is_lent || answer.data == pattern(1, offset, len));
+            assert!(!is_lent || LongLender::lends(offset));
+            lent += u32::from(is_lent);
+        }
+        assert!(lent > 10, "{mode:?}: {lent}");
+        let count = device.stats().of(userland_io::Op::Read).ops;
+        assert_eq!(count, 60);
+        peer.leave().await;
+    }
+}
+
 /// Writes twos where it does not wait, which it does in the first block, and is full in the last.
 struct Hasty(Mutex<Vec<u8>>);
 

@@ -11,12 +11,15 @@ use std::sync::Mutex;
 use std::sync::{Arc, atomic};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::limits::{Environment, Limits, Shutdown};
 use userland_io::transports::nbd::session::{ContextKind, MetaContext, ReplyMode, Session};
+use userland_io::transports::nbd::socket::Socket;
+#[cfg(unix)]
+use userland_io::transports::nbd::socket::Stream;
 use userland_io::transports::nbd::transmission::{self, Budget, Chairs};
 use userland_io::transports::nbd::wire::{
     self, BlockSizes, CommandFlags, ReplyChunk, ReplyFlags, Request, SimpleReply,
@@ -244,8 +247,8 @@ pub(crate) struct Answer {
 
 /// The client's end of a connection.
 pub(crate) struct Peer {
-    pub(crate) reader: ReadHalf<DuplexStream>,
-    pub(crate) writer: WriteHalf<DuplexStream>,
+    pub(crate) reader: Box<dyn AsyncRead + Send + Unpin>,
+    pub(crate) writer: Box<dyn AsyncWrite + Send + Unpin>,
     pub(crate) server: JoinHandle<io::Result<()>>,
     pub(crate) mode: ReplyMode,
     pub(crate) shutdown: watch::Sender<bool>,
@@ -269,6 +272,26 @@ impl Peer {
         environment: Environment,
     ) -> Self {
         let (ours, theirs) = tokio::io::duplex(256 << 10);
+        Peer::over(ours, theirs, device, session, shutdown, environment)
+    }
+
+    /// As [`new`](Self::new), through a Unix socket.
+    #[cfg(unix)]
+    pub(crate) fn through_unix<E: Engine>(device: &Device<E>, session: Session) -> Self {
+        let (shutdown, environment) = environment(Limits::default());
+        let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+        let theirs = Stream::from(theirs);
+        Peer::over(ours, theirs, device, session, shutdown, environment)
+    }
+
+    fn over<E: Engine>(
+        ours: impl AsyncRead + AsyncWrite + Send + 'static,
+        theirs: impl Socket,
+        device: &Device<E>,
+        session: Session,
+        shutdown: watch::Sender<bool>,
+        environment: Environment,
+    ) -> Self {
         let (reader, writer) = tokio::io::split(ours);
         let mode = session.replies;
         let device = device.clone();
@@ -280,8 +303,8 @@ impl Peer {
             environment,
         ));
         Peer {
-            reader,
-            writer,
+            reader: Box::new(reader),
+            writer: Box::new(writer),
             server,
             mode,
             shutdown,

@@ -4,7 +4,7 @@
 //! [`Stream`], so that erasing an export costs one call a connection and no
 //! box around each read.
 
-use std::io::{self, Read};
+use std::io::{self, IoSlice, Read, Write};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -22,6 +22,14 @@ pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     /// Left out, nothing is ever there, and a connection sleeps as soon as it has nothing to do.
     fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
         let _ = to;
+        None
+    }
+
+    /// Sends what can be sent at once of `slices`, past the runtime: neither waits nor leaves a waker. `None` if that is nothing.
+    ///
+    /// Left out, nothing ever is, and all is sent by the runtime.
+    fn send_now(&self, slices: &[IoSlice<'_>]) -> Option<usize> {
+        let _ = slices;
         None
     }
 }
@@ -57,15 +65,24 @@ impl From<UnixStream> for Stream {
 }
 
 impl Socket for Stream {
-    // An error is left to the next receive, which meets it too.
+    // An error is left to the next receive or send, which meets it too.
     fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
-        let socket = match self {
-            Stream::Tcp(stream) => SockRef::from(stream),
+        (&*self.socket()?).read(to).ok()
+    }
+
+    fn send_now(&self, slices: &[IoSlice<'_>]) -> Option<usize> {
+        (&*self.socket()?).write_vectored(slices).ok()
+    }
+}
+
+impl Stream {
+    fn socket(&self) -> Option<SockRef<'_>> {
+        match self {
+            Stream::Tcp(stream) => Some(SockRef::from(stream)),
             #[cfg(unix)]
-            Stream::Unix(stream) => SockRef::from(stream),
-            Stream::Memory(_) => return None,
-        };
-        (&*socket).read(to).ok()
+            Stream::Unix(stream) => Some(SockRef::from(stream)),
+            Stream::Memory(_) => None,
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::AsyncWrite;
 
+use super::super::socket::Socket;
 use super::pool::Buffer;
 
 /// Payloads up to this length are copied beside their headers: cheaper than a piece of their own.
@@ -178,6 +179,23 @@ impl Output {
             self.advance(sent, &mut done);
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Sends what waits, and as much of `bytes` behind it as `socket` takes at once. Answers how much of `bytes` that was:
+    /// nothing if payloads wait.
+    pub(super) fn send_now<S: Socket>(&mut self, socket: &S, bytes: &[u8]) -> usize {
+        if self.pieces.len() > 1 {
+            return 0;
+        }
+        let before = &self.bytes[self.sent..];
+        if before.len() != self.pending {
+            return 0;
+        }
+        let slices = [IoSlice::new(before), IoSlice::new(bytes)];
+        let sent = socket.send_now(&slices).unwrap_or(0);
+        let of_before = sent.min(before.len());
+        self.advance(of_before, &mut drop);
+        sent - of_before
     }
 
     /// Forgets everything; buffers go to `done`.

@@ -51,11 +51,16 @@ impl Replies {
 
     /// As [`data`](Self::data), of bytes that are copied.
     pub(super) fn bytes(self, out: &mut Output, tag: Tag, offset: u64, bytes: &[u8]) {
+        self.head(out, tag, offset, bytes.len());
+        out.bytes(bytes);
+    }
+
+    /// That a read went well, and all of its `len` bytes follow.
+    pub(super) fn head(self, out: &mut Output, tag: Tag, offset: u64, len: usize) {
         match self.mode {
             ReplyMode::Simple => simple(out, tag, 0),
-            _ => self.data_head(out, tag, offset, bytes.len(), true),
+            _ => self.data_head(out, tag, offset, len, true),
         }
-        out.bytes(bytes);
     }
 
     /// As [`data`](Self::data), where `runs` says which parts of the buffer were holes. Not for simple replies.

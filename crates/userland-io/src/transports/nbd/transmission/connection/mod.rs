@@ -3,6 +3,7 @@
 //! Round by round: take what has finished, start what has arrived, send what there
 //! is to send, receive if something more is wanted; and sleep when a round moves nothing.
 
+mod at_once;
 mod leaving;
 mod long_writes;
 mod receiving;
@@ -10,7 +11,6 @@ mod receiving;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
-use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -21,18 +21,18 @@ use super::super::session::{ReplyMode, Session};
 use super::super::socket::Socket;
 use super::super::wire::{self, cmd};
 use super::budget::Account;
-use super::command::{Done, Failure, Job, Outcome};
+use super::command::{Done, Job, Outcome};
 use super::holes::Holes;
 use super::input::Input;
 use super::kits::{Kit, Kits};
 use super::linger::Linger;
 use super::nowait::{Asking, Nowait};
-use super::output::{self, Output};
+use super::output::Output;
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
 use super::request::{self, Command, Refusal, Request, Tag};
 use super::status;
-use crate::{Features, Geometry, Slots, WriteFlags};
+use crate::{Features, Geometry, Slots};
 use leaving::{Farewell, State};
 use long_writes::{LONG, LongWrite};
 
@@ -56,6 +56,7 @@ pub(super) struct Connection<'a, S, F, G> {
     make: G,
     device: &'a dyn Nowait,
     reads: Asking,
+    long_reads_now: Asking,
     writes: Asking,
     slots: Slots<F>,
     input: Input,
@@ -84,6 +85,8 @@ pub(super) struct Connection<'a, S, F, G> {
     has_moved: bool,
     /// Bytes sent and received since the last tick.
     moved_bytes: usize,
+    /// Bytes sent past the runtime since this task was woken.
+    sent_lent: usize,
     stalled: u32,
     was_direct: bool,
     /// The stream's end has been seen, before everything in front of it was taken.
@@ -147,6 +150,7 @@ where
             make,
             device,
             reads: Asking::default(),
+            long_reads_now: Asking::default(),
             writes: Asking::default(),
             slots: Slots::new(limits.max_in_flight.max(1)),
             input: Input::new(input),
@@ -169,6 +173,7 @@ where
             is_armed: false,
             has_moved: false,
             moved_bytes: 0,
+            sent_lent: 0,
             stalled: 0,
             was_direct: false,
             has_ended: false,
@@ -197,6 +202,7 @@ where
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.take_kit();
         self.linger.wake();
+        self.sent_lent = 0;
         loop {
             let mut moved = self.reap(cx);
             let in_flight = self.slots.in_flight();
@@ -408,7 +414,7 @@ where
             _ => payload as usize,
         };
         let is_done = match request.command {
-            Command::Read { .. } => self.read_now(&request),
+            Command::Read { .. } => self.read_now(cx, &request),
             Command::Write(flags) => {
                 self.write_now(&request, flags, header_length..header_length + length)
             }
@@ -484,42 +490,6 @@ where
             }
         }
         Poll::Ready(())
-    }
-
-    /// Answers a short read with what the engine has in memory. False if it has to be asked.
-    fn read_now(&mut self, request: &Request) -> bool {
-        // A longer one is sent from a buffer of its own, which costs no copy either.
-        if request.length > output::COPIED as u64 || !self.reads.ask() {
-            return false;
-        }
-        let (replies, out) = (self.replies, &mut self.output);
-        let (tag, offset) = (request.tag, request.offset);
-        let lent = self
-            .device
-            .lend(offset..offset + request.length, &mut |bytes| {
-                replies.bytes(out, tag, offset, bytes);
-            });
-        self.reads.learn(lent);
-        lent
-    }
-
-    /// Writes what lies at `place` of the bytes at hand, and answers, if all of it is there and the engine need not wait.
-    fn write_now(&mut self, request: &Request, flags: WriteFlags, place: Range<usize>) -> bool {
-        let Some(bytes) = self.input.bytes().get(place) else {
-            return false;
-        };
-        if !self.writes_in_place || bytes.is_empty() || !self.writes.ask() {
-            return false;
-        }
-        let written = self.device.write(bytes, request.offset, flags);
-        self.writes.learn(written.is_some());
-        let out = &mut self.output;
-        match written {
-            Some(Ok(())) => self.replies.success(out, request.tag),
-            Some(Err(error)) => self.replies.failure(out, request, &Failure::Device(error)),
-            None => return false,
-        }
-        true
     }
 
     fn start_with_payload(&mut self) {
