@@ -6,7 +6,7 @@ use std::pin::Pin;
 
 use crate::{Engine, Extents, Geometry, ReadBuf, Result, WriteBuf, WriteFlags};
 
-/// Any engine, its type erased. Costs one small allocation and some 20 ns per request.
+/// Any engine, its type erased. Costs one small allocation and some 20 ns for each request that takes a future.
 pub struct AnyEngine(Box<dyn DynEngine>);
 
 impl AnyEngine {

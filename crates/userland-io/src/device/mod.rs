@@ -192,7 +192,7 @@ impl<E: Engine> Device<E> {
             .await
     }
 
-    /// See [`Engine::write_nowait`].
+    /// See [`Engine::write_nowait`]. `None` also for what would be refused: [`write`](Self::write) tells why.
     pub fn write_nowait(
         &self,
         buf: &WriteBuf<'_>,
