@@ -96,6 +96,10 @@ impl Device {
             .args(["--direct-io=on", "--find", "--show"])
             .arg(&file);
         let output = losetup.output()?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr);
+            return Err(io::Error::other(format!("losetup: {}", text.trim_end())));
+        }
         device.path = String::from_utf8_lossy(&output.stdout).trim_end().into();
         device.took = begun.elapsed();
         Ok(device)
