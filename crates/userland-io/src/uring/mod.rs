@@ -76,7 +76,7 @@ impl Executor {
         self,
         queue: Queue,
         runtime: &tokio::runtime::Handle,
-        tasks: Vec<F>,
+        tasks: impl ExactSizeIterator<Item = F>,
         started: impl FnOnce(usize),
     ) -> io::Result<()> {
         crate::queue::enter(queue);
@@ -95,7 +95,7 @@ impl Executor {
     /// If there are more tasks than the executor was made for.
     pub(crate) fn run<F: Future<Output = ()>>(
         self,
-        tasks: Vec<F>,
+        tasks: impl ExactSizeIterator<Item = F>,
         started: impl FnOnce(usize),
     ) -> io::Result<()> {
         assert!(tasks.len() <= self.tasks, "more tasks than places");
@@ -104,7 +104,7 @@ impl Executor {
                 .map(|n| wake::waker(&self.calls, n))
                 .collect(),
             running: tasks.len(),
-            futures: tasks.into_iter().map(|f| Some(Box::pin(f))).collect(),
+            futures: tasks.map(|task| Some(Box::pin(task))).collect(),
         };
         let mut started = Some(started);
         let mut events = Vec::with_capacity(self.tasks + 1);

@@ -30,7 +30,7 @@ fn run<F: Future<Output = ()>>(tasks: usize, make: impl Fn(usize, Rc<Ring>) -> F
     let runtime = runtime();
     let executor = Executor::new(tasks).unwrap();
     let ring = executor.ring();
-    let futures = (0..tasks).map(|n| make(n, ring.clone())).collect();
+    let futures = (0..tasks).map(|n| make(n, ring.clone()));
     executor
         .run_queue(QUEUE, runtime.handle(), futures, |_| {})
         .unwrap();
@@ -84,7 +84,6 @@ fn the_thread_is_the_queue_and_tells_that_it_has_started() {
             }
         });
         let mut running = None;
-        let tasks = tasks.collect();
         executor
             .run_queue(QUEUE, runtime.handle(), tasks, |n| running = Some(n))
             .unwrap();
@@ -195,7 +194,7 @@ fn stopping_ends_it_whatever_its_tasks_do() {
             pending::<()>().await;
         };
         executor
-            .run_queue(QUEUE, runtime.handle(), vec![never], |_| {})
+            .run_queue(QUEUE, runtime.handle(), std::iter::once(never), |_| {})
             .unwrap();
     });
     let stop = told.recv().unwrap();

@@ -213,9 +213,7 @@ fn run(inbox: &Arc<Inbox>, tell: &mpsc::Sender<io::Result<()>>) {
         Err(error) => return drop(tell.send(Err(error))),
     };
     let ring = executor.ring();
-    let tasks = (0..MOST)
-        .map(|task| serve(task, ring.clone(), inbox.clone()))
-        .collect();
+    let tasks = (0..MOST).map(|task| serve(task, ring.clone(), inbox.clone()));
     let _ = tell.send(Ok(()));
     if let Err(error) = executor.run(tasks, |_| {}) {
         tracing::error!(%error, "a ring has failed");

@@ -198,9 +198,7 @@ fn run<E: Engine>(setup: Setup<E>, tell: &mpsc::Sender<io::Result<Stop>>) -> io:
     drop(file);
     let served = Rc::new(ServedQueue::new(device, index, descriptions, buffers, ring));
     // Each tag once: its task alone may use its buffer.
-    let tasks = (0..info.depth)
-        .map(|tag| served.clone().serve(tag))
-        .collect();
+    let tasks = (0..info.depth).map(|tag| served.clone().serve(tag));
     let queue = Queue {
         index: index.into(),
         count: info.queues.into(),
