@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -192,6 +192,30 @@ impl Engine for Lingering {
     }
 }
 
+/// Where the process of a device, which this test calls by its own name, is to be asked.
+fn socket_of(device: &Path) -> String {
+    let name = std::thread::current().name().unwrap().to_owned();
+    let lines = [
+        format!("pid {}", std::process::id()),
+        format!("label {name}"),
+        format!("device {}", device.display()),
+    ];
+    let records = fs::read_dir("/run/ulio").unwrap();
+    let mut paths = records.map(|entry| entry.unwrap().path());
+    let is_of_it = |path: &PathBuf| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        lines.iter().all(|line| text.lines().any(|l| l == line))
+    };
+    let record = paths.find(is_of_it).expect("it is on record");
+    record.with_extension("sock").display().to_string()
+}
+
+/// How many sockets there are of that name.
+fn sockets(name: &str) -> usize {
+    let all = fs::read_to_string("/proc/net/unix").unwrap();
+    all.lines().filter(|line| line.ends_with(name)).count()
+}
+
 #[tokio::test]
 async fn a_device_that_is_gone_is_ending_until_its_disk_is_closed() {
     let may_close = Arc::new(Semaphore::new(0));
@@ -203,30 +227,40 @@ async fn a_device_that_is_gone_is_ending_until_its_disk_is_closed() {
         return;
     };
     let path = disk.path().to_owned();
-    let states = || {
-        let all = listed(std::process::id()).into_iter();
+    let found = |state| {
+        let mut all = listed(std::process::id()).into_iter();
         // A test beside this one may have been given its path by now, and have its own name for it.
         let own = std::thread::current().name().map(ToOwned::to_owned);
-        let of_it = all.filter(|listed| {
-            listed.path() == Some(&path) && Some(listed.label()) == own.as_deref()
-        });
-        of_it.map(|listed| listed.state()).collect::<Vec<_>>()
+        all.find(|listed| {
+            listed.path() == Some(&path)
+                && Some(listed.label()) == own.as_deref()
+                && listed.state() == state
+        })
     };
-    assert_eq!(states(), [State::Running]);
+    assert!(found(State::Running).is_some());
     let ending = async {
-        while !states().contains(&State::Ending) {
+        loop {
+            if let Some(ending) = found(State::Ending) {
+                return ending;
+            }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
     let look = async {
         let seen = tokio::time::timeout(PATIENCE, ending).await;
+        // Who asks for the end now is told how it went, too.
+        let socket = socket_of(&path);
+        let late = seen.map(|ending| std::thread::spawn(move || ending.detach()));
+        // The one that listens, and the one that has come.
+        until("it is asked to end", || sockets(&socket) >= 2);
         may_close.add_permits(1);
-        seen
+        late
     };
-    let (detached, seen) = tokio::join!(disk.detach(), look);
-    seen.expect("it is never ending");
+    let (detached, late) = tokio::join!(disk.detach(), look);
+    let late = late.expect("it is never ending");
     detached.unwrap();
-    assert!(!states().contains(&State::Ending));
+    late.join().unwrap().unwrap();
+    assert!(found(State::Ending).is_none());
 }
 
 /// A process that is about to be started has copies of all descriptors, also of those that look who uses a device.

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -131,7 +131,7 @@ pub(super) fn start<E: Engine>(
 /// The last words, and who hears them.
 #[derive(Default)]
 struct Farewell {
-    asked: Option<(Asked, Result<(), DetachError>)>,
+    asked: Vec<(Asked, Result<(), DetachError>)>,
     status: Option<watch::Sender<Status>>,
     why: Option<String>,
     failed: Option<String>,
@@ -139,7 +139,7 @@ struct Farewell {
 
 impl Farewell {
     fn tell(self) {
-        if let Some((asked, result)) = self.asked {
+        for (asked, result) in self.asked {
             asked.answer(result);
         }
         if let Some(status) = self.status {
@@ -238,7 +238,7 @@ async fn keep<E: Engine>(
         listener,
         ..
     } = attached;
-    drop((view, running, listener));
+    drop((view, running));
     let flushed = device.flush().await;
     if let Err(error) = flushed.and(device.close().await) {
         tracing::error!(%error, "the disk could not be flushed or closed");
@@ -255,12 +255,41 @@ async fn keep<E: Engine>(
     // What is on record now is stale.
     drop(lock);
     let failed = result.as_ref().err().map(ToString::to_string);
+    let told = || match &failed {
+        None => Ok(()),
+        Some(text) => Err(DetachError::Told(text.clone())),
+    };
+    // Before whoever asked first: with that answer this process may end.
+    let late = match is_left {
+        true => Vec::new(),
+        false => late(listener),
+    };
+    let late = late.into_iter().map(|late| (late, told()));
     Farewell {
-        asked: asked.map(|asked| (asked, result)),
+        asked: late.chain(asked.map(|asked| (asked, result))).collect(),
         status: Some(status),
         why: why.or_else(|| failed.clone()),
         failed,
     }
+}
+
+/// Those who have asked for the end of a device that was ending already. Its socket has no name any more, so these are all.
+fn late(listener: UnixListener) -> Vec<Asked> {
+    let mut late = Vec::new();
+    // It does not wait for any to come.
+    let Ok(listener) = listener.into_std() else {
+        return late;
+    };
+    while let Ok((mut visitor, _)) = listener.accept() {
+        let mut order = [0; 16];
+        let read = visitor
+            .set_read_timeout(Some(PATIENCE))
+            .and_then(|()| visitor.read(&mut order));
+        if read.is_ok_and(|len| order[..len] == *b"detach\n") {
+            late.push(Asked::Visitor(visitor));
+        }
+    }
+    late
 }
 
 /// Makes the device, and puts it on record.
