@@ -22,6 +22,7 @@ use crate::{Engine, ErrorKind, ExtentKind, Extents, ReadBuf, Result, WriteBuf, W
 mod alone;
 mod at_once;
 mod flushes;
+mod nowait;
 mod ring;
 
 const NONE: WriteFlags = WriteFlags::empty();

@@ -348,6 +348,23 @@ impl Image {
         put
     }
 
+    /// Writes all of `buf`, by one call as a rule, if [`write_cached`](Self::write_cached) would; else `None`, and then nothing
+    /// is written. That goes for an error, too, which is for the plain call to meet.
+    pub(super) fn write_now(&self, buf: &[u8], offset: u64) -> Option<Result> {
+        if self.direct || self.one_call(Lane::Main, buf.len(), offset) < buf.len() {
+            return None;
+        }
+        let put = match self.never_waits {
+            true => self.calls.write(&self.file, buf, offset).ok()?,
+            // Where a flag keeps writes from waiting, it may do so in their middle.
+            false if !self.lacks.write_cached.load(Ordering::Relaxed) => 0,
+            false => self.write_at_once(self.at_once.as_ref()?, buf, offset),
+        };
+        let rest = buf.get(put..).filter(|_| put > 0)?;
+        self.cache_has_taken(put);
+        Some(self.write(Lane::Main, rest, offset + put as u64))
+    }
+
     fn write_at_once(&self, at_once: &AtOnce, buf: &[u8], offset: u64) -> usize {
         let mut done = 0;
         while let Some(rest) = buf.get(done..).filter(|rest| !rest.is_empty()) {

@@ -95,6 +95,8 @@ pub struct File {
 
 /// The longest stretch that is copied before other tasks get their turn, in bytes.
 const MAX_INLINE: usize = 256 << 10;
+/// The longest read that is answered by way of the stack, in bytes.
+const MAX_LENT: usize = 4 << 10;
 
 impl Engine for File {
     fn geometry(&self) -> Geometry {
@@ -113,6 +115,18 @@ impl Engine for File {
             done += len;
         }
         Ok(())
+    }
+
+    /// What the page cache has, by way of the stack: a copy more, but no future.
+    fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) {
+        let mut memory = [0; MAX_LENT];
+        let len = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
+        if let Some(part) = memory.get_mut(..len)
+            && self.inside_range(&range).is_ok()
+            && self.image.read_cached(part, range.start) == len
+        {
+            to(part);
+        }
     }
 
     async fn write(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
@@ -134,6 +148,16 @@ impl Engine for File {
         match durable {
             true => self.sync().await,
             false => Ok(()),
+        }
+    }
+
+    fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
+        // What is refused is left to `write`.
+        self.writable().ok()?;
+        self.inside(offset, buf.len()).ok()?;
+        match flags.contains(WriteFlags::FUA) {
+            true => None,
+            false => self.image.write_now(buf.as_slice()?, offset),
         }
     }
 
