@@ -9,7 +9,7 @@ use super::super::command::{Done, Failure, Job};
 use super::super::output;
 use super::super::pool::footprint;
 use super::super::request::Request;
-use super::Connection;
+use super::{Connection, long_writes};
 use crate::WriteFlags;
 
 /// Shorter reads, beyond those that are copied beside their headers, are sent with others rather than by a call of their own.
@@ -93,11 +93,16 @@ where
         let Some(bytes) = self.input.bytes().get(place) else {
             return false;
         };
-        if !self.writes_in_place || bytes.is_empty() || !self.writes.ask() {
+        // Some engines do without waiting only what is short.
+        let asking = match bytes.len() > long_writes::LONG {
+            true => &mut self.long_writes_now,
+            false => &mut self.writes,
+        };
+        if !self.writes_in_place || bytes.is_empty() || !asking.ask() {
             return false;
         }
         let written = self.device.write(bytes, request.offset, flags);
-        self.writes.learn(written.is_some());
+        asking.learn(written.is_some());
         let out = &mut self.output;
         match written {
             Some(Ok(())) => self.replies.success(out, request.tag),

@@ -82,7 +82,7 @@ where
             }
             if failed.is_none() {
                 let written = self.device.write(bytes, rest.offset, *flags);
-                self.writes.learn(written.is_some());
+                self.long_writes_now.learn(written.is_some());
                 match written {
                     Some(Ok(())) => {}
                     Some(Err(error)) => *failed = Some(error),

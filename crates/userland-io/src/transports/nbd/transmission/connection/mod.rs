@@ -58,6 +58,7 @@ pub(super) struct Connection<'a, S, F, G> {
     reads: Asking,
     long_reads_now: Asking,
     writes: Asking,
+    long_writes_now: Asking,
     slots: Slots<F>,
     input: Input,
     output: Output,
@@ -152,6 +153,7 @@ where
             reads: Asking::default(),
             long_reads_now: Asking::default(),
             writes: Asking::default(),
+            long_writes_now: Asking::default(),
             slots: Slots::new(limits.max_in_flight.max(1)),
             input: Input::new(input),
             output: Output::new(),
@@ -427,7 +429,7 @@ where
         if length > LONG
             && let Some(unit) = self.piece_unit
             && let Command::Write(flags) = request.command
-            && self.writes.ask()
+            && self.long_writes_now.ask()
         {
             self.input.consume(header_length);
             self.phase = Phase::LongWrite(LongWrite {
