@@ -11,6 +11,13 @@ use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// For tests that leave devices stale, or take all away that are: one at a time.
+fn with_stale_devices() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// What the README promises of its second example.
 #[test]
@@ -98,6 +105,7 @@ fn a_second_signal_leaves_at_once_and_what_it_left_is_removed() {
     if !can_attach() {
         return;
     }
+    let _alone = with_stale_devices();
     let ulio = Ulio::new();
     let disk = Attached::new(&ulio, "memory:64M");
     let claimed = claim(&disk.path);
@@ -247,6 +255,7 @@ fn what_an_aborted_device_leaves_is_on_record_until_it_is_removed() {
     if via() != "fuse" || !has(&["mkfs.ext4", "mount", "losetup"]) || !can_attach() {
         return;
     }
+    let _alone = with_stale_devices();
     let ulio = Ulio::new();
     let disk = Attached::new(&ulio, "memory:16M");
     let device = disk.path.to_str().unwrap();
@@ -282,6 +291,7 @@ fn what_another_has_made_in_its_place_is_not_in_the_way() {
     if via() != "fuse" || !has(&["losetup"]) || !can_attach() {
         return;
     }
+    let _alone = with_stale_devices();
     let ulio = Ulio::new();
     let disk = Attached::new(&ulio, "memory:1M");
     let (pid, path) = (disk.server.pid(), disk.path.clone());
@@ -336,6 +346,7 @@ fn a_daemon_that_dies_while_it_flushes_has_not_detached_in_order() {
     if !can_attach() {
         return;
     }
+    let _alone = with_stale_devices();
     let ulio = Ulio::new();
     let disk = Attached::new(&ulio, "memory:1M delay:flush=5s");
     let detach = format!("detach {}", disk.path.display());
@@ -554,6 +565,7 @@ fn it_does_not_hang_in_a_mount_namespace_that_ends_with_it() {
     if !has(&["unshare", "mkfs.ext4", "mount"]) || !can_attach() {
         return;
     }
+    let _alone = with_stale_devices();
     let ulio = Ulio::new();
     let script = r#"device=$("$0" attach --background --timeout 3s --via "$1" memory:64M) && mkfs.ext4 -q $device \
         && mkdir mnt && mount $device mnt && dd if=/dev/zero of=mnt/a bs=64K count=64 status=none \
