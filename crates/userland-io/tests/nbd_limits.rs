@@ -2,16 +2,18 @@
 //! requests, and what it does with those that are too long.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
+use userland_io::engines::Memory;
 use userland_io::transports::nbd::Limits;
 use userland_io::transports::nbd::limits::Environment;
 use userland_io::transports::nbd::session::ReplyMode;
 use userland_io::transports::nbd::wire::{CommandFlags, chunk, cmd, error};
-use userland_io::{Device, ErrorKind};
+use userland_io::{Device, Engine, ErrorKind, Geometry, ReadBuf, WriteBuf, WriteFlags};
 
 #[path = "common/nbd_peer.rs"]
 mod nbd_peer;
@@ -292,10 +294,12 @@ async fn who_takes_no_replies_leaves_the_line_for_memory() {
             environment.clone(),
         )
     };
-    // All there is to borrow is one client's, for a payload that it has not sent yet.
+    // All there is to borrow is one client's, for a payload of which it has sent the first piece.
     let mut first = peer();
     let (_, head) = first.head(cmd::WRITE, NONE, 0, 5 << 20);
+    let piece = vec![1; 64 << 10];
     first.writer.write_all(&head).await.unwrap();
+    first.writer.write_all(&piece).await.unwrap();
     settle().await;
     // The next in line has replies coming, and reads none of them.
     let mut second = peer();
@@ -305,7 +309,8 @@ async fn who_takes_no_replies_leaves_the_line_for_memory() {
     }
     second.send(cmd::READ, NONE, 0, 2 << 20, &[]).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
-    first.writer.write_all(&vec![1; 5 << 20]).await.unwrap();
+    let rest = vec![1; (5 << 20) - piece.len()];
+    first.writer.write_all(&rest).await.unwrap();
     assert_eq!(first.receive().await.1.error, 0);
     // What comes free is not kept for it.
     let mut third = peer();
@@ -315,6 +320,77 @@ async fn who_takes_no_replies_leaves_the_line_for_memory() {
     for _ in 0..4 {
         assert_eq!(second.receive().await.1.error, 0);
     }
+    for peer in [first, second, third] {
+        peer.leave().await;
+    }
+}
+
+/// Writes without waiting, or not.
+struct Moody {
+    memory: Memory,
+    waits: AtomicBool,
+}
+
+impl Engine for Moody {
+    fn geometry(&self) -> Geometry {
+        self.memory.geometry()
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> userland_io::Result {
+        self.memory.read(buf, offset).await
+    }
+    async fn write(
+        &self,
+        buf: &WriteBuf<'_>,
+        offset: u64,
+        flags: WriteFlags,
+    ) -> userland_io::Result {
+        self.memory.write(buf, offset, flags).await
+    }
+    fn write_nowait(
+        &self,
+        buf: &WriteBuf<'_>,
+        offset: u64,
+        flags: WriteFlags,
+    ) -> Option<userland_io::Result> {
+        match self.waits.load(SeqCst) {
+            true => None,
+            false => self.memory.write_nowait(buf, offset, flags),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_done_without_memory_after_all_leaves_the_line_for_it() {
+    let device = Device::open(Moody {
+        memory: Memory::new(64 << 20),
+        waits: AtomicBool::new(true),
+    });
+    let device = device.await.unwrap();
+    let (shutdown, environment) = limits(|limits| limits.max_server_bytes = 4 << 20);
+    let peer = || {
+        let session = session(MODES[0], 64 << 20);
+        Peer::with(&device, session, shutdown.clone(), environment.clone())
+    };
+    // One client holds all there is to borrow, and another waits for some of it.
+    let (mut first, mut second) = (peer(), peer());
+    let piece = vec![1; 64 << 10];
+    for (peer, len) in [(&mut first, 5 << 20), (&mut second, 2 << 20)] {
+        let (_, head) = peer.head(cmd::WRITE, NONE, 0, len);
+        peer.writer.write_all(&head).await.unwrap();
+        peer.writer.write_all(&piece).await.unwrap();
+        settle().await;
+    }
+    // When there is some, it needs none any more.
+    device.get_ref().waits.store(false, SeqCst);
+    for (peer, len) in [(&mut first, 5 << 20), (&mut second, 2 << 20)] {
+        let rest = vec![1; len - piece.len()];
+        peer.writer.write_all(&rest).await.unwrap();
+        assert_eq!(peer.receive().await.1.error, 0);
+    }
+    let mut third = peer();
+    let answer = tokio::time::timeout(Duration::from_secs(1), third.read(1, 5 << 20)).await;
+    let data = answer.expect("it waits for ever").data;
+    assert!(data[..(5 << 20) - 1].iter().all(|byte| *byte == 1));
     for peer in [first, second, third] {
         peer.leave().await;
     }

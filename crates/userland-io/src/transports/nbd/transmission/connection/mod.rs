@@ -353,8 +353,10 @@ where
         if wants != Wants::Nothing || self.state != State::Serving {
             self.is_long_reads_turn = true;
         }
-        // Who takes no replies gets no further, and nobody would look after what the line brings it.
-        if !self.has_room() {
+        // Nobody would look after what the line brings to who takes no replies and so gets no further, or to who has had done
+        // without memory what it stood in line for.
+        let waits = wants == Wants::Nothing || !self.long_reads.is_empty();
+        if !waits || !self.has_room() {
             self.account.stop_waiting();
         }
         // A turn that came after the long reads were asked in this round.
