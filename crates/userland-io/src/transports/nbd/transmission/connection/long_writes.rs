@@ -32,11 +32,8 @@ pub(super) struct LongWrite {
 
 /// What pieces end at multiples of, in bytes; `None` if there can be none.
 pub(super) fn unit(geometry: &Geometry) -> Option<u64> {
-    let unit = geometry
-        .logical_block_size
-        .max(geometry.atomic_write_unit)
-        .max(4096);
-    let unit = u64::from(unit);
+    let whole = geometry.logical_block_size.max(geometry.atomic_write_unit);
+    let unit = 4096_u64.next_multiple_of(u64::from(whole.max(1)));
     (unit <= SHORTEST && geometry.memory_alignment <= 1).then_some(unit)
 }
 
