@@ -8,7 +8,7 @@ use super::super::super::socket::Socket;
 use super::super::command::{Done, Failure, Job};
 use super::super::output;
 use super::super::pool::footprint;
-use super::super::request::Request;
+use super::super::request::{Command, Request};
 use super::{Connection, long_writes};
 use crate::WriteFlags;
 
@@ -52,7 +52,11 @@ where
     fn send_lent(&mut self, cx: &mut Context<'_>, request: &Request) -> bool {
         let (tag, offset, length) = (request.tag, request.offset, request.length as usize);
         // Whoever is behind on replies will not take this one at once.
-        if self.output.pending() >= length
+        // Nor is a question for holes passed by: a lender has them, too.
+        let asks = matches!(request.command, Command::Read { split: true })
+            && self.ask(offset, request.length);
+        if asks
+            || self.output.pending() >= length
             || self.sent_lent >= TURN
             || !self.long_reads_now.ask()
             || self.take(cx, footprint(length)).is_pending()
@@ -102,7 +106,10 @@ where
             return false;
         }
         let written = self.device.write(bytes, request.offset, flags);
-        asking.learn(written.is_some());
+        // That a write has to be durable says nothing of others.
+        if written.is_some() || !flags.contains(WriteFlags::FUA) {
+            asking.learn(written.is_some());
+        }
         let out = &mut self.output;
         match written {
             Some(Ok(())) => self.replies.success(out, request.tag),
