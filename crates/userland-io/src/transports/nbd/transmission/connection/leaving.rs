@@ -53,7 +53,8 @@ where
     pub(super) fn probe(&mut self, cx: &mut Context<'_>) {
         if self.has_ended && self.slots.in_flight() == 0 {
             self.end("the client left and takes no replies");
-        } else if !self.input.is_full() && matches!(self.phase, Phase::Header) {
+        } else if !self.input.is_full() && matches!(self.phase, Phase::Header | Phase::LongWrite(_))
+        {
             match self.input.poll_receive(cx, &mut self.stream, usize::MAX) {
                 Poll::Ready(Ok(0)) => self.has_ended = true,
                 Poll::Ready(Err(error)) => self.lose(error),
