@@ -66,11 +66,14 @@ pub(super) fn extents(
             if at == range.end || out.is_full() {
                 break;
             }
-            *known = match again(|| calls.next_hole(file, at))? {
-                Some(hole) if hole > at => at..hole,
-                // The end may have moved since; then it is data until asked again.
-                _ => at..range.end,
-            };
+            match again(|| calls.next_hole(file, at))? {
+                Some(hole) if hole > at => *known = at..hole,
+                // The end has moved since: it is data until asked again.
+                _ => {
+                    out.push(range.end - at, ExtentKind::Data);
+                    return Ok(());
+                }
+            }
         }
         let hole = known.end.min(range.end);
         out.push(hole - at, ExtentKind::Data);
