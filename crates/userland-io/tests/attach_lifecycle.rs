@@ -336,11 +336,11 @@ async fn a_device_whose_handle_is_dropped_goes_when_nobody_uses_it() {
         std::thread::sleep(Duration::from_millis(100));
     }
     drop(claim);
-    is_gone(&path);
     let is_ours = |listed: &Listed| listed.path() == Some(&path);
     until("the record is gone", || {
         !listed(std::process::id()).iter().any(is_ours)
     });
+    is_gone(&path);
 }
 
 #[tokio::test]
