@@ -2,7 +2,7 @@
 //!
 //! One task serves one connection, and spawns nothing. One receive brings many
 //! requests (`input`); each is checked (`request`), started in a slot and polled
-//! once at once (`command`), but for short reads and writes that the device does there and then (`nowait`); replies gather
+//! once at once (`command`), but for reads and writes that the device does there and then (`nowait`); replies gather
 //! (`reply`, `output`) and go out together when the input is used up or enough of them wait. A short write stays where it was
 //! received; other bytes are in buffers of a `pool`, so that a request allocates nothing, and who rests lends what it works with
 //! to others (`kits`). With nothing to do it stays awake for the next request a little (`linger`) before it sleeps. `connection` is that loop.
