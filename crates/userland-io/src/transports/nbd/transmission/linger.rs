@@ -35,6 +35,10 @@ struct Shared {
     crowd: usize,
     /// How often a connection has been woken.
     turns: AtomicUsize,
+    /// For how long one asks: [`PATIENCE`].
+    patience: Duration,
+    /// For how long a task goes on: [`TURN`].
+    turn: Duration,
 }
 
 impl Default for Chairs {
@@ -50,6 +54,8 @@ impl Chairs {
             free: AtomicUsize::new(chairs),
             crowd: chairs * CROWD,
             turns: AtomicUsize::new(0),
+            patience: PATIENCE,
+            turn: TURN,
         }))
     }
 
@@ -139,13 +145,13 @@ impl Linger {
             return Lingered::Nothing;
         };
         let start = Instant::now();
-        if start.duration_since(*self.turn.get_or_insert(start)) >= TURN {
+        if start.duration_since(*self.turn.get_or_insert(start)) >= self.chairs.0.turn {
             self.turn = None;
             return Lingered::Enough;
         }
         let came = loop {
             let came = receive();
-            if came.is_some() || start.elapsed() >= PATIENCE {
+            if came.is_some() || start.elapsed() >= self.chairs.0.patience {
                 break came;
             }
             // Whoever it waits for may need this core.
@@ -178,6 +184,17 @@ impl Linger {
 mod tests {
     use super::*;
 
+    /// Longer than any test takes, on whatever machine.
+    const LONG: Duration = Duration::from_secs(3600);
+
+    /// Chairs whose users are patient for so long, and whose turns do not end.
+    fn chairs(patience: Duration) -> Chairs {
+        let mut chairs = Chairs::new(1);
+        let shared = Arc::get_mut(&mut chairs.0).unwrap();
+        (shared.patience, shared.turn) = (patience, LONG);
+        chairs
+    }
+
     /// How many of `chances` are taken, if nothing ever comes.
     fn taken(linger: &mut Linger, chances: u32) -> u32 {
         let mut taken = 0;
@@ -195,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_client_that_is_never_near_costs_one_wait_in_a_thousand() {
-        let mut linger = Linger::new(Chairs::new(1));
+        let mut linger = Linger::new(chairs(PATIENCE));
         // Three misses, then pauses of 2, 4 ... 1024.
         assert_eq!(taken(&mut linger, 3 + 2046 + 9), 3 + 9);
         assert_eq!(taken(&mut linger, 10 * 1025), 10);
@@ -203,7 +220,7 @@ mod tests {
 
     #[test]
     fn one_request_that_comes_in_time_ends_the_pauses() {
-        let mut linger = Linger::new(Chairs::new(1));
+        let mut linger = Linger::new(chairs(PATIENCE));
         taken(&mut linger, 3);
         let mut chances = 0;
         while linger.wait(|| Some(28)) != Lingered::Came(28) {
@@ -216,7 +233,7 @@ mod tests {
 
     #[test]
     fn it_asks_until_something_comes() {
-        let mut linger = Linger::new(Chairs::new(1));
+        let mut linger = Linger::new(chairs(LONG));
         let mut left = 3;
         let lingered = linger.wait(|| {
             left -= 1;
@@ -228,7 +245,7 @@ mod tests {
 
     #[test]
     fn no_more_linger_at_a_time_than_there_are_chairs() {
-        let chairs = Chairs::new(1);
+        let chairs = chairs(LONG);
         let mut inner = Linger::new(chairs.clone());
         Linger::new(chairs).wait(|| {
             // Again and again: to ask for a chair in vain makes none.
@@ -242,7 +259,7 @@ mod tests {
 
     #[test]
     fn nobody_lingers_in_a_crowd() {
-        let chairs = Chairs::new(1);
+        let chairs = chairs(LONG);
         let mut all: Vec<_> = (0..CROWD + 2)
             .map(|_| Linger::new(chairs.clone()))
             .collect();
