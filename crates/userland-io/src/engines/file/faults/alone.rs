@@ -67,17 +67,13 @@ async fn two_that_are_asked_for_together_wait_side_by_side() {
             let (one, other) = tokio::join!(read(&disk, 0, 4096), read(&disk, 4096, 4096));
             assert_eq!(one.unwrap(), other.unwrap());
         };
-        // One of these that goes elsewhere is met there by the next, if it has not ended by then.
-        for _ in 0..200 {
+        two().await;
+        // One that went elsewhere is under way for as long as this. A disk may be quicker than a busy machine, so it is not left to them.
+        for _ in 0..300 {
+            let _elsewhere = disk.image.alone.begin();
             two().await;
+            assert!(!faulty.was_made_here(Call::Read));
         }
-        let mut here = 0;
-        for _ in 0..100 {
-            two().await;
-            here += u32::from(faulty.was_made_here(Call::Read));
-        }
-        // On a busy machine the one may have ended before the other was looked at.
-        assert!(here < 50, "{here}");
     }
 }
 
