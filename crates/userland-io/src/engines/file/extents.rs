@@ -10,6 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::image::again;
 use super::sys::Calls;
 use crate::{ExtentKind, Extents};
 
@@ -80,13 +81,4 @@ pub(super) fn extents(
         at = hole;
     }
     Ok(())
-}
-
-fn again<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => return other,
-        }
-    }
 }

@@ -447,7 +447,8 @@ fn ask_once(lacks: &AtomicBool, call: impl FnMut() -> io::Result<()>) -> Result<
     }
 }
 
-fn again(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+/// Calls until no signal has come between.
+pub(super) fn again<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
             Err(error) if is_interrupted(&error) => {}
