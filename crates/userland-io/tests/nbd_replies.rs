@@ -1,6 +1,7 @@
 //! What the NBD server answers: chunks, holes, block status, and the error for each
 //! request that makes no sense, after which the connection goes on.
 
+use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::{ReplyMode, Session};
 use userland_io::transports::nbd::wire::{CommandFlags, TransmissionFlags, chunk, cmd, error};
 use userland_io::{Device, Error, ErrorKind};
@@ -289,6 +290,19 @@ async fn long_texts_are_cut_between_characters() {
     *rig.bad.lock().unwrap() = Some((0..1, long));
     let answer = peer.read(0, 1).await;
     assert!(answer.text.len() <= 4096 && answer.text.starts_with("x\u{e9}"));
+    peer.leave().await;
+}
+
+/// Memory lends what lies in one chunk, holes and all.
+#[tokio::test]
+async fn holes_in_what_could_be_lent_are_told_too() {
+    let device = Device::open(Memory::new(MIB as u64)).await.unwrap();
+    let mut peer = Peer::new(&device, session(ReplyMode::Structured, MIB as u64));
+    assert_eq!(peer.write(0, &[1; 4096]).await.error, 0);
+    let answer = peer.read(0, 128 << 10).await;
+    let (data, hole) = (chunk::OFFSET_DATA, chunk::OFFSET_HOLE);
+    let rest = (128 << 10) - 4096;
+    assert_eq!(answer.chunks, [(data, 0, 4096), (hole, 4096, rest)]);
     peer.leave().await;
 }
 
