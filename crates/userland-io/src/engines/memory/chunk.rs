@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::pages::Pages;
 use crate::{ExtentKind, Extents};
 
 /// The length of a page in bytes: what a discard frees.
@@ -14,10 +15,15 @@ pub(super) const PAGE: usize = 4096;
 pub(super) const CHUNK: usize = PAGE * u64::BITS as usize;
 
 /// A chunk behind its lock.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Slot(RwLock<Chunk>);
 
 impl Slot {
+    /// An empty chunk, whose bytes will be in `pages`.
+    pub(super) fn new(pages: Pages) -> Self {
+        Slot(RwLock::new(Chunk { written: 0, pages }))
+    }
+
     pub(super) fn read(&self) -> RwLockReadGuard<'_, Chunk> {
         // Nothing panics while it holds the lock half-way through a change.
         self.0.read().unwrap_or_else(PoisonError::into_inner)
@@ -29,10 +35,11 @@ impl Slot {
 }
 
 /// The bytes of a chunk, if any page of it was written.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Chunk {
     written: u64,
-    bytes: Option<Box<[u8]>>,
+    /// Open while a page is marked.
+    pages: Pages,
 }
 
 /// The marks of all pages that `part` touches.
@@ -51,28 +58,39 @@ fn mask(first: usize, end: usize) -> u64 {
 impl Chunk {
     /// All bytes of the chunk, `None` if they are zeroes.
     pub(super) fn bytes(&self) -> Option<&[u8]> {
-        self.bytes.as_deref()
+        (self.written != 0).then_some(&*self.pages)
     }
 
     /// The bytes of `part`, to be written to.
     pub(super) fn touch(&mut self, part: Range<usize>) -> &mut [u8] {
-        self.written |= pages(&part);
-        let bytes = self.bytes.get_or_insert_with(|| vec![0; CHUNK].into());
-        &mut bytes[part]
+        if self.written == 0 {
+            self.pages.open();
+        }
+        self.mark(self.written | pages(&part));
+        &mut self.pages[part]
     }
 
     /// Makes `part` read as zeroes; true if that gave the chunk's memory back.
     pub(super) fn clear(&mut self, part: Range<usize>) -> bool {
         // Pages at the edges keep their mark unless they are covered whole.
         let whole = mask(part.start.div_ceil(PAGE), part.end / PAGE);
-        self.written &= !whole;
         if self.written == 0 {
-            return self.bytes.take().is_some();
+            return false;
         }
-        if let Some(bytes) = &mut self.bytes {
-            bytes[part].fill(0);
+        self.mark(self.written & !whole);
+        match self.written {
+            0 => self.pages.free(),
+            _ => self.pages[part].fill(0),
         }
-        false
+        self.written == 0
+    }
+
+    fn mark(&mut self, written: u64) {
+        let is_full = written == u64::MAX;
+        if is_full != (self.written == u64::MAX) {
+            self.pages.fill(is_full);
+        }
+        self.written = written;
     }
 
     /// Pushes what `part` holds.
@@ -107,7 +125,8 @@ mod tests {
 
     #[test]
     fn a_page_partly_cleared_keeps_its_mark_and_the_rest_of_its_bytes() {
-        let mut chunk = Chunk::default();
+        let slot = Slot::new(Pages::of(8).next().unwrap());
+        let mut chunk = slot.write();
         chunk.touch(0..2 * PAGE).fill(1);
         assert!(!chunk.clear(PAGE - 10..2 * PAGE));
         let bytes = chunk.bytes().unwrap();

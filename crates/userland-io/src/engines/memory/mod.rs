@@ -1,11 +1,15 @@
 //! A disk in memory: sparse, so that a large one costs what is written to it.
 //!
 //! Bytes live in chunks of 256 KiB that a radix table finds ([`table`]), each
-//! behind its own lock ([`chunk`]), so requests to different chunks never meet.
+//! behind its own lock ([`chunk`]), so requests to different chunks never meet. Their memory
+//! ([`pages`]) comes from the kernel in huge pages where the disk is dense ([`mapping`]).
 //! A discard clears pages of 4 KiB and gives a chunk back once it is empty.
 //! Nothing survives a crash, and there is nothing to flush.
 
 mod chunk;
+#[cfg(target_os = "linux")]
+mod mapping;
+mod pages;
 mod table;
 
 use std::ops::Range;
@@ -32,6 +36,9 @@ const TURN: usize = 1 << 20;
 ///
 /// Claims [`CrashLevel::None`], discards to zeroes in granules of 4 KiB, native
 /// `write_zeroes` and `extents`, and whole-block reads beside writes.
+///
+/// On Linux, memory behind what is written half full is taken 2 MiB at a time, in huge pages if the system has them: no more than
+/// three times of what was written.
 #[derive(Debug)]
 pub struct Memory {
     table: Table,

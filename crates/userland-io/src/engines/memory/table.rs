@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::chunk::Slot;
+use super::pages::Pages;
 
 /// The bits of a chunk's index that each level looks at. Five levels make 45 bits, which
 /// with the 18 of a chunk reach the largest disk there is.
@@ -36,7 +37,7 @@ impl Table {
         let l3 = make(l4, index, 3);
         let l2 = make(l3, index, 2);
         let l1 = make(l2, index, 1);
-        make(l1, index, 0)
+        make_with(l1, index, 0, || Pages::of(FANOUT).map(Slot::new).collect())
     }
 
     /// How many chunks hold bytes.
@@ -71,8 +72,13 @@ fn child<T>(node: &Node<T>, index: u64, level: u32) -> Result<&T, u64> {
 }
 
 fn make<T: Default>(node: &Node<T>, index: u64, level: u32) -> &T {
-    let children = node.get_or_init(|| std::iter::repeat_with(T::default).take(FANOUT).collect());
-    &children[slot(index, level)]
+    make_with(node, index, level, || {
+        std::iter::repeat_with(T::default).take(FANOUT).collect()
+    })
+}
+
+fn make_with<T>(node: &Node<T>, index: u64, level: u32, children: impl FnOnce() -> Box<[T]>) -> &T {
+    &node.get_or_init(children)[slot(index, level)]
 }
 
 #[cfg(test)]
