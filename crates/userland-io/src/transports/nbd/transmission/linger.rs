@@ -1,11 +1,12 @@
 //! Staying awake for some microseconds after the last reply, because the next request is often that near.
 //!
 //! To sleep and be woken takes longer than most requests. So a connection with nothing to do first
-//! asks its socket again and again, giving its core away in between. That costs processor time if
+//! asks its socket again and again, giving its core away in between if others work, too. That costs processor time if
 //! nothing comes: after some misses in a row it sleeps at once for a while, and for longer each time,
 //! until lingering pays again. No more connections linger at a time than there are cores, and none
 //! while so many work that whoever lingers keeps others waiting.
 
+use std::hint;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -19,8 +20,13 @@ const MISSES: u32 = 3;
 /// The most chances to linger that are let go by in a row.
 const LONGEST_PAUSE: u32 = 1024;
 /// For how long a task may go on without going back to its runtime, which looks after the other
-/// sockets only then.
+/// sockets only then, while others work.
 const TURN: Duration = Duration::from_micros(300);
+/// The same while nobody else does; who comes anew waits for it.
+const TURN_ALONE: Duration = Duration::from_millis(1);
+/// How long one who works alone waits before it asks again: less than a reply takes to become a request. Giving the core away takes as long, and
+/// more if the client is there, since it had better stay on its own.
+const BREATH: Duration = Duration::from_micros(1);
 /// So many others' turns for each chair, between two of a connection's own, make a crowd.
 const CROWD: usize = 8;
 
@@ -37,8 +43,10 @@ struct Shared {
     turns: AtomicUsize,
     /// For how long one asks: [`PATIENCE`].
     patience: Duration,
-    /// For how long a task goes on: [`TURN`].
-    turn: Duration,
+    /// For how long a task goes on: [`TURN`] or [`TURN_ALONE`].
+    turn: [Duration; 2],
+    /// Whoever waits for a core has one if a single connection keeps another.
+    has_cores: bool,
 }
 
 impl Default for Chairs {
@@ -55,7 +63,8 @@ impl Chairs {
             crowd: chairs * CROWD,
             turns: AtomicUsize::new(0),
             patience: PATIENCE,
-            turn: TURN,
+            turn: [TURN, TURN_ALONE],
+            has_cores: chairs > 1,
         }))
     }
 
@@ -93,6 +102,8 @@ pub(super) struct Linger {
     turn: Option<Instant>,
     /// The count of turns when this connection went to sleep.
     slept_at: usize,
+    /// The same when it was woken.
+    woken_at: usize,
     is_crowded: bool,
 }
 
@@ -116,6 +127,7 @@ impl Linger {
             last_pause: 0,
             turn: None,
             slept_at: 0,
+            woken_at: 0,
             is_crowded: false,
         }
     }
@@ -124,6 +136,7 @@ impl Linger {
     pub(super) fn wake(&mut self) {
         let turns = self.chairs.0.turns.fetch_add(1, Ordering::Relaxed);
         self.is_crowded = turns.wrapping_sub(self.slept_at) > self.chairs.0.crowd;
+        self.woken_at = turns.wrapping_add(1);
     }
 
     /// Notes that it goes to sleep.
@@ -140,22 +153,32 @@ impl Linger {
             self.pause -= 1;
             return Lingered::Nothing;
         }
+        let shared = &*self.chairs.0;
         let Some(seated) = self.chairs.sit() else {
             self.turn = None;
             return Lingered::Nothing;
         };
         let start = Instant::now();
-        if start.duration_since(*self.turn.get_or_insert(start)) >= self.chairs.0.turn {
+        let is_alone = shared.has_cores && shared.turns.load(Ordering::Relaxed) == self.woken_at;
+        let turn = shared.turn[usize::from(is_alone)];
+        if start.duration_since(*self.turn.get_or_insert(start)) >= turn {
             self.turn = None;
             return Lingered::Enough;
         }
         let came = loop {
             let came = receive();
-            if came.is_some() || start.elapsed() >= self.chairs.0.patience {
+            let asked = Instant::now();
+            if came.is_some() || asked.duration_since(start) >= shared.patience {
                 break came;
             }
-            // Whoever it waits for may need this core.
-            thread::yield_now();
+            if is_alone {
+                while asked.elapsed() < BREATH {
+                    hint::spin_loop();
+                }
+            } else {
+                // Whoever it waits for may need this core.
+                thread::yield_now();
+            }
         };
         drop(seated);
         match came {
@@ -191,7 +214,7 @@ mod tests {
     fn chairs(patience: Duration) -> Chairs {
         let mut chairs = Chairs::new(1);
         let shared = Arc::get_mut(&mut chairs.0).unwrap();
-        (shared.patience, shared.turn) = (patience, LONG);
+        (shared.patience, shared.turn) = (patience, [LONG, LONG]);
         chairs
     }
 
@@ -280,13 +303,25 @@ mod tests {
 
     #[test]
     fn a_turn_ends_however_fast_requests_come() {
-        let mut linger = Linger::new(Chairs::new(1));
-        let start = Instant::now();
-        while linger.wait(|| Some(28)) != Lingered::Enough {
-            assert!(start.elapsed() < Duration::from_secs(10));
-        }
-        assert!(start.elapsed() >= TURN);
-        // And the next one begins.
-        assert_eq!(linger.wait(|| Some(28)), Lingered::Came(28));
+        let turn = |is_alone: bool| {
+            let chairs = Chairs::new(2);
+            let (mut linger, mut other) = (Linger::new(chairs.clone()), Linger::new(chairs));
+            linger.wake();
+            if !is_alone {
+                other.wake();
+            }
+            let start = Instant::now();
+            while linger.wait(|| Some(28)) != Lingered::Enough {
+                assert!(start.elapsed() < Duration::from_secs(10));
+            }
+            let took = start.elapsed();
+            // And the next one begins.
+            assert_eq!(linger.wait(|| Some(28)), Lingered::Came(28));
+            took
+        };
+        assert!(turn(true) >= TURN_ALONE);
+        assert!(turn(false) >= TURN);
+        // Sooner, however slow this machine is at times.
+        assert!((0..1000).any(|_| turn(false) < TURN_ALONE));
     }
 }
