@@ -229,13 +229,13 @@ mod tests {
     fn a_sparse_disk_takes_ordinary_pages() {
         let mut parts: Vec<Part> = parts(3 * CHUNKS).unwrap().collect();
         // Less than half of the region in full, and all of it but in part.
-        for at in 0..CHUNKS {
+        for (at, part) in parts[..CHUNKS].iter_mut().enumerate() {
             let pages = if at < DENSE as usize - 1 {
                 CHUNK / PAGE
             } else {
                 1
             };
-            write(&mut parts[at], 0..pages);
+            write(part, 0..pages);
         }
         write(&mut parts[CHUNKS], 0..1);
         assert!(!huge(&parts[CHUNKS]).0);

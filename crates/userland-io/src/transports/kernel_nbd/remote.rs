@@ -127,7 +127,7 @@ fn socket(stream: Stream) -> std::io::Result<OwnedFd> {
     match stream {
         Stream::Tcp(stream) => Ok(stream.into_std()?.into()),
         Stream::Unix(stream) => Ok(stream.into_std()?.into()),
-        Stream::Memory(_) => Err(std::io::ErrorKind::Unsupported.into()),
+        Stream::Movable(_) | Stream::Memory(_) => Err(std::io::ErrorKind::Unsupported.into()),
     }
 }
 

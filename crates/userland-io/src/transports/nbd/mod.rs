@@ -17,6 +17,8 @@ pub mod fuzz;
 pub mod limits;
 mod listen;
 mod negotiate;
+#[cfg_attr(not(target_os = "linux"), path = "no_own_thread.rs")]
+mod own_thread;
 mod server;
 #[doc(hidden)]
 pub mod session;

@@ -17,6 +17,7 @@ use super::export::{Export, Exports};
 use super::limits::{Budget, Chairs, Environment, Limits, Shutdown};
 use super::listen::{self, Listener, Peer};
 use super::negotiate::{self, Outcome};
+use super::own_thread::{self, Threads};
 use super::socket::Stream;
 use super::uri::{Address, Uri};
 use crate::{Device, Engine, Error, ErrorKind, Result};
@@ -140,6 +141,7 @@ impl Server {
                 limits: Arc::new(limits),
                 shutdown,
             },
+            threads: Threads::default(),
             connections: JoinSet::new(),
             next: 0,
         };
@@ -266,6 +268,7 @@ struct Accepting {
     exports: Arc<Exports>,
     listeners: Vec<Listener>,
     environment: Environment,
+    threads: Threads,
     /// Dropped with this: then all of them end.
     connections: JoinSet<()>,
     /// Where the next look at the listeners begins, so that a busy one does not hide the others.
@@ -296,7 +299,7 @@ impl Accepting {
                         full = false;
                         let exports = self.exports.clone();
                         let environment = self.environment.clone();
-                        self.connections.spawn(connection(stream, peer, exports, environment));
+                        self.connections.spawn(connection(stream, peer, exports, environment, self.threads.clone()));
                     }
                     Err(error) if is_of_one_connection(&error) => {}
                     Err(error) => {
@@ -373,6 +376,7 @@ async fn connection(
     peer: Peer,
     exports: Arc<Exports>,
     environment: Environment,
+    threads: Threads,
 ) {
     let limits = environment.limits.clone();
     let mut shutdown = environment.shutdown.clone();
@@ -399,12 +403,18 @@ async fn connection(
             session,
             input,
         } => {
-            let Some(export) = exports.get(export) else {
+            let index = export;
+            let Some(export) = exports.get(index) else {
                 return;
             };
             let name = &export.name;
             tracing::debug!(%peer, export = name, replies = ?session.replies, "client connected");
-            match export.serve(stream, input, session, environment).await {
+            let serving = exports.clone();
+            let serve = async move |stream| match serving.get(index) {
+                Some(export) => export.serve(stream, input, session, environment).await,
+                None => Ok(()),
+            };
+            match own_thread::run(stream, threads, serve).await {
                 Ok(()) => tracing::debug!(%peer, export = name, "client left"),
                 Err(error) => tracing::debug!(%peer, export = name, %error, "connection lost"),
             }

@@ -14,6 +14,9 @@ use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
 
+#[cfg(target_os = "linux")]
+use super::own_thread::Movable;
+
 /// A byte stream on which the transmission phase can run.
 pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     /// Receives what has come already, past the runtime: neither waits nor leaves a waker, so that it can
@@ -32,6 +35,26 @@ pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
         let _ = slices;
         None
     }
+
+    /// Called when the connection has nothing to do, with who else has worked lately. If it will be served elsewhere from its next
+    /// poll on: what company that is best for.
+    ///
+    /// Left out, it stays where it is.
+    fn rest(&mut self, company: Company) -> Option<Company> {
+        let _ = company;
+        None
+    }
+}
+
+/// What other connections of a server did while one worked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Company {
+    /// They worked, too, for a while.
+    Few,
+    /// Now this, now that.
+    Unsure,
+    /// Nobody worked for a while, or so many that this one seldom had its turn.
+    NoneOrMany,
 }
 
 impl Socket for DuplexStream {}
@@ -44,6 +67,9 @@ pub enum Stream {
     /// A Unix domain socket.
     #[cfg(unix)]
     Unix(UnixStream),
+    /// Either of these, wherever its connection is served.
+    #[cfg(target_os = "linux")]
+    Movable(Movable),
     /// A pipe in memory, for tests and for peers in the same process.
     Memory(DuplexStream),
 }
@@ -79,6 +105,14 @@ impl Socket for Stream {
     fn send_now(&self, slices: &[IoSlice<'_>]) -> Option<usize> {
         (&*self.socket()?).write_vectored(slices).ok()
     }
+
+    #[cfg(target_os = "linux")]
+    fn rest(&mut self, company: Company) -> Option<Company> {
+        match self {
+            Stream::Movable(stream) => stream.rest(company),
+            _ => None,
+        }
+    }
 }
 
 impl Stream {
@@ -87,6 +121,8 @@ impl Stream {
             Stream::Tcp(stream) => Some(SockRef::from(stream)),
             #[cfg(unix)]
             Stream::Unix(stream) => Some(SockRef::from(stream)),
+            #[cfg(target_os = "linux")]
+            Stream::Movable(stream) => stream.socket(),
             Stream::Memory(_) => None,
         }
     }
@@ -98,6 +134,8 @@ macro_rules! each {
             Stream::Tcp($stream) => $call,
             #[cfg(unix)]
             Stream::Unix($stream) => $call,
+            #[cfg(target_os = "linux")]
+            Stream::Movable($stream) => $call,
             Stream::Memory($stream) => $call,
         }
     };

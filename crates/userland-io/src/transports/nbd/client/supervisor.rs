@@ -120,6 +120,11 @@ impl Session {
                         let (read, write) = stream.into_split();
                         serve(&mut tasks, shared, &conn, read, write);
                     }
+                    #[cfg(target_os = "linux")]
+                    Stream::Movable(stream) => {
+                        let (read, write) = tokio::io::split(stream);
+                        serve(&mut tasks, shared, &conn, read, write);
+                    }
                     Stream::Memory(stream) => {
                         let (read, write) = tokio::io::split(stream);
                         serve(&mut tasks, shared, &conn, read, write);

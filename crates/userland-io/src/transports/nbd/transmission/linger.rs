@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::super::socket::Company;
+
 /// For how long. A client on the same machine answers within it, as a rule, even if it must be woken on
 /// another core of a virtual machine first; 10 us are too short for that, and 40 bring nothing more.
 const PATIENCE: Duration = Duration::from_micros(25);
@@ -30,6 +32,15 @@ const BREATH: Duration = Duration::from_micros(1);
 /// So many others' turns for each chair, between two of a connection's own, make a crowd.
 const CROWD: usize = 8;
 
+/// More turns of others than that, for each chair, and the connections are too many for a thread each.
+const THRONG: usize = 32;
+/// How many turns in a row without others tell that none work: those of a client that shares its core with theirs may come one after the other for some milliseconds.
+const SURE: u16 = 1024;
+/// What a turn beside others weighs, which is seen much sooner.
+const BESIDE: u16 = 32;
+/// What a turn in a throng weighs.
+const THRONGED: u16 = 64;
+
 /// Who may linger at a time: the connections of one server share it.
 #[derive(Clone, Debug)]
 pub struct Chairs(Arc<Shared>);
@@ -39,6 +50,8 @@ struct Shared {
     free: AtomicUsize,
     /// How many turns of others are a crowd.
     crowd: usize,
+    /// How many are a throng.
+    throng: usize,
     /// How often a connection has been woken.
     turns: AtomicUsize,
     /// For how long one asks: [`PATIENCE`].
@@ -61,6 +74,7 @@ impl Chairs {
         Chairs(Arc::new(Shared {
             free: AtomicUsize::new(chairs),
             crowd: chairs * CROWD,
+            throng: chairs * THRONG,
             turns: AtomicUsize::new(0),
             patience: PATIENCE,
             turn: [TURN, TURN_ALONE],
@@ -105,6 +119,8 @@ pub(super) struct Linger {
     /// The same when it was woken.
     woken_at: usize,
     is_crowded: bool,
+    /// Goes up with each turn beside a few others, to [`SURE`], and down with each alone or in a throng.
+    beside: u16,
 }
 
 /// What came of a chance to linger.
@@ -129,19 +145,44 @@ impl Linger {
             slept_at: 0,
             woken_at: 0,
             is_crowded: false,
+            beside: 0,
         }
     }
 
     /// Notes that the connection has been woken.
     pub(super) fn wake(&mut self) {
         let turns = self.chairs.0.turns.fetch_add(1, Ordering::Relaxed);
-        self.is_crowded = turns.wrapping_sub(self.slept_at) > self.chairs.0.crowd;
+        let others = turns.wrapping_sub(self.slept_at);
+        self.is_crowded = others > self.chairs.0.crowd;
+        self.beside = match others {
+            0 => self.beside.saturating_sub(1),
+            _ if others > self.chairs.0.throng => self.beside.saturating_sub(THRONGED),
+            _ => (self.beside + BESIDE).min(SURE),
+        };
         self.woken_at = turns.wrapping_add(1);
     }
 
     /// Notes that it goes to sleep.
     pub(super) fn sleep(&mut self) {
         self.slept_at = self.chairs.0.turns.load(Ordering::Relaxed);
+    }
+
+    /// Who else has worked lately.
+    pub(super) fn company(&self) -> Company {
+        match self.beside {
+            0 => Company::NoneOrMany,
+            at if at >= SURE / 2 => Company::Few,
+            _ => Company::Unsure,
+        }
+    }
+
+    /// Takes `company` for sure: a connection that has gone where that is best does not come back at once.
+    pub(super) fn believe(&mut self, company: Company) {
+        self.beside = match company {
+            Company::Few => SURE,
+            Company::Unsure => SURE / 4,
+            Company::NoneOrMany => 0,
+        };
     }
 
     /// Asks `receive` until something comes or it has been long enough.
@@ -159,7 +200,9 @@ impl Linger {
             return Lingered::Nothing;
         };
         let start = Instant::now();
-        let is_alone = shared.has_cores && shared.turns.load(Ordering::Relaxed) == self.woken_at;
+        let is_alone = self.beside == 0
+            && shared.has_cores
+            && shared.turns.load(Ordering::Relaxed) == self.woken_at;
         let turn = shared.turn[usize::from(is_alone)];
         if start.duration_since(*self.turn.get_or_insert(start)) >= turn {
             self.turn = None;

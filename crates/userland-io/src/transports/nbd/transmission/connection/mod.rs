@@ -220,7 +220,7 @@ where
             }
             self.has_moved |= moved;
             if !moved && !self.tick(cx) && !self.linger(cx, wants) {
-                self.give_kit();
+                self.rest();
                 self.linger.sleep();
                 return Poll::Pending;
             }
@@ -241,13 +241,16 @@ where
         }
     }
 
-    /// Lends what it works with to others, if it has nothing to do.
-    fn give_kit(&mut self) {
+    /// Lends what it works with to others, and may be served elsewhere, if it has nothing to do.
+    fn rest(&mut self) {
         let rests = self.state == State::Serving
             && self.slots.in_flight() == 0
             && self.output.pending() == 0
             && self.long_reads.is_empty()
             && matches!(self.phase, Phase::Header);
+        if rests && let Some(company) = self.stream.rest(self.linger.company()) {
+            self.linger.believe(company);
+        }
         if rests && let Some(input) = self.input.take_memory() {
             self.has_kit = false;
             self.kits.give(Kit {

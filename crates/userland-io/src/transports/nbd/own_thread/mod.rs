@@ -1,0 +1,273 @@
+//! A thread of its own for a connection that works beside others.
+//!
+//! A runtime serves whichever socket has something on whichever of its threads wakes first. That is as good as it gets for one
+//! busy connection, which stays awake, and for very many. But of a few, each is better off with a thread that sleeps on its
+//! socket alone: the kernel wakes it where its client runs, and what one has written is in the other's cache.
+//!
+//! So a connection's future moves. It is polled by a task of the runtime until the connection says, at rest, that it has worked
+//! beside others for a while; then by a thread, within the runtime's context, until it is alone, in a crowd, or has
+//! nothing to do for a second. Its socket goes along ([`stream`]); the thread sleeps in [`parker`]. There are only so many
+//! threads; who comes later stays where it is.
+
+mod parker;
+mod stream;
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::os::fd::AsFd;
+use std::panic::resume_unwind;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::task::{Context, Poll, Waker};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+use super::socket::{Company, Stream};
+use parker::{Parker, Unparked};
+pub(super) use stream::Movable;
+
+/// So many threads for each core. Where more connections work at once, they are many, and none of them is on a thread: those that are
+/// would keep the others waiting.
+const THREADS: usize = 32;
+/// A thread that has nothing to do for so long is given back.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// How many connections of a server may yet have threads.
+#[derive(Clone, Debug)]
+pub(super) struct Threads(Arc<AtomicUsize>);
+
+impl Default for Threads {
+    fn default() -> Self {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Threads(Arc::new(AtomicUsize::new(cores * THREADS)))
+    }
+}
+
+impl Threads {
+    /// Takes one, if one is left. Only a count: nothing is read or written under its protection.
+    fn take(&self) -> bool {
+        let order = Ordering::Relaxed;
+        let less = |free: usize| free.checked_sub(1);
+        self.0.fetch_update(order, order, less).is_ok()
+    }
+
+    fn give(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Where a connection is and where it wants to be: shared by its stream, which asks, and whoever polls it.
+#[derive(Debug, Default)]
+struct Seat {
+    parker: Arc<Parker>,
+    threads: Threads,
+    /// Written by the thread, at its first and last breath.
+    is_on_thread: AtomicBool,
+    /// Written by the stream while the connection is polled, read by who polls it afterwards.
+    wants_to_move: AtomicBool,
+    /// The thread has had nothing to do for long.
+    is_idle: AtomicBool,
+    /// The thread has slept since the stream last asked.
+    has_slept: AtomicBool,
+    /// The system has refused a thread.
+    is_refused: AtomicBool,
+    /// The thread must end, wherever the connection stands.
+    is_cut: AtomicBool,
+    /// There, while the stream has left the runtime. Its only users take turns.
+    socket: Mutex<Option<Arc<socket2::Socket>>>,
+}
+
+impl Seat {
+    fn is_on_thread(&self) -> bool {
+        self.is_on_thread.load(Ordering::Acquire)
+    }
+
+    fn has_slept(&self) -> bool {
+        self.has_slept.swap(false, Ordering::Relaxed)
+    }
+
+    fn sleep_on(&self, socket: Option<Arc<socket2::Socket>>) {
+        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = socket;
+    }
+
+    /// The connection has nothing to do. Asks to be moved if it had better be elsewhere, and answers what company that is for.
+    fn rest(&self, company: Company) -> Option<Company> {
+        let is_idle = self.is_idle.load(Ordering::Relaxed);
+        let better = match (self.is_on_thread(), company) {
+            (true, _) if is_idle => Some(Company::NoneOrMany),
+            (true, Company::NoneOrMany) => Some(company),
+            (false, Company::Few) => self.take_thread().then_some(company),
+            _ => None,
+        };
+        let is_moving = better.is_some();
+        self.wants_to_move.store(is_moving, Ordering::Relaxed);
+        better
+    }
+
+    fn take_thread(&self) -> bool {
+        !self.is_refused.load(Ordering::Relaxed) && self.threads.take()
+    }
+
+    fn wants_to_move(&self) -> bool {
+        self.wants_to_move.swap(false, Ordering::Relaxed)
+    }
+}
+
+type Serve = Pin<Box<dyn Future<Output = io::Result<()>> + Send>>;
+
+/// What a thread leaves behind.
+enum Left {
+    /// The connection is over.
+    Over(io::Result<()>),
+    /// It goes on elsewhere.
+    Goes(Serve),
+    /// It was cut.
+    Nothing,
+}
+
+/// Runs what `serve` makes of `stream` until it ends, here or on a thread of its own, of which `threads` may still be had.
+///
+/// Dropped, it ends the connection at once, as a task's end would, and waits for the thread.
+pub(super) async fn run<F>(
+    stream: Stream,
+    threads: Threads,
+    serve: impl FnOnce(Stream) -> F,
+) -> io::Result<()>
+where
+    F: Future<Output = io::Result<()>> + Send + 'static,
+{
+    let seat = Arc::new(Seat {
+        threads,
+        ..Seat::default()
+    });
+    let stream = match stream {
+        Stream::Tcp(stream) => Stream::Movable(Movable::tcp(stream, seat.clone())),
+        Stream::Unix(stream) => Stream::Movable(Movable::unix(stream, seat.clone())),
+        stream => stream,
+    };
+    let mut serve: Serve = Box::pin(serve(stream));
+    loop {
+        let ended = poll_fn(|cx| match serve.as_mut().poll(cx) {
+            Poll::Pending if seat.wants_to_move() => Poll::Ready(None),
+            polled => polled.map(Some),
+        });
+        if let Some(result) = ended.await {
+            return result;
+        }
+        let taken = Taken(&seat.threads);
+        let own = match OwnThread::start(seat.clone()) {
+            Ok(own) => own,
+            Err(error) => {
+                tracing::debug!(%error, "no thread for a connection");
+                seat.is_refused.store(true, Ordering::Relaxed);
+                continue;
+            }
+        };
+        match own.run(serve).await {
+            Left::Over(result) => return result,
+            Left::Goes(back) => serve = back,
+            Left::Nothing => return Ok(()),
+        }
+        drop(taken);
+    }
+}
+
+/// A thread that was taken, given back when this is dropped.
+struct Taken<'a>(&'a Threads);
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.0.give();
+    }
+}
+
+/// A connection's thread. Dropped, it cuts the connection and waits until the thread is gone.
+struct OwnThread {
+    seat: Arc<Seat>,
+    start: mpsc::Sender<Serve>,
+    left: oneshot::Receiver<Left>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl OwnThread {
+    fn start(seat: Arc<Seat>) -> io::Result<Self> {
+        seat.parker.prepare()?;
+        let (start, started) = mpsc::channel();
+        let (leave, left) = oneshot::channel();
+        let runtime = Handle::current();
+        let own = seat.clone();
+        let builder = thread::Builder::new().name("ulio-nbd".into());
+        let thread = builder.spawn(move || {
+            // Without one, the connection ended before it got here.
+            if let Ok(serve) = started.recv() {
+                let _context = runtime.enter();
+                // Nobody to tell: then it was cut.
+                let _ = leave.send(drive(serve, &own));
+            }
+        })?;
+        Ok(OwnThread {
+            seat,
+            start,
+            left,
+            thread: Some(thread),
+        })
+    }
+
+    async fn run(mut self, serve: Serve) -> Left {
+        // A thread that is not there any more has panicked, which is told below.
+        let _ = self.start.send(serve);
+        match (&mut self.left).await {
+            Ok(left) => left,
+            Err(_) => match self.thread.take().map(JoinHandle::join) {
+                // As if it had happened here.
+                Some(Err(panic)) => resume_unwind(panic),
+                _ => Left::Nothing,
+            },
+        }
+    }
+}
+
+impl Drop for OwnThread {
+    fn drop(&mut self) {
+        self.seat.is_cut.store(true, Ordering::SeqCst);
+        Waker::from(self.seat.parker.clone()).wake();
+        // One that never got a connection waits for that.
+        self.start = mpsc::channel().0;
+        if let Some(thread) = self.thread.take() {
+            // It has its answer sent, or polls its connection at most once more. A panic has been told by its hook.
+            let _ = thread.join();
+        }
+        self.seat.is_cut.store(false, Ordering::SeqCst);
+    }
+}
+
+/// The thread's loop.
+fn drive(mut serve: Serve, seat: &Seat) -> Left {
+    let waker = Waker::from(seat.parker.clone());
+    let mut cx = Context::from_waker(&waker);
+    seat.is_idle.store(false, Ordering::Relaxed);
+    seat.is_on_thread.store(true, Ordering::Release);
+    let left = loop {
+        seat.parker.begin();
+        if seat.is_cut.load(Ordering::SeqCst) {
+            break Left::Nothing;
+        }
+        match serve.as_mut().poll(&mut cx) {
+            Poll::Ready(result) => break Left::Over(result),
+            Poll::Pending if seat.wants_to_move() => break Left::Goes(serve),
+            Poll::Pending => {}
+        }
+        let socket = seat.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let fd = socket.as_ref().map(|socket| socket.as_fd());
+        let unparked = seat.parker.park(fd, IDLE);
+        seat.has_slept.store(true, Ordering::Relaxed);
+        seat.is_idle
+            .store(unparked == Unparked::ByTime, Ordering::Relaxed);
+    };
+    seat.is_on_thread.store(false, Ordering::Release);
+    left
+}

@@ -1,0 +1,198 @@
+//! A socket that its connection takes along, from the runtime to a thread of its own and back.
+//!
+//! Each read or write first looks where it is: on a thread, the runtime must not watch the socket, or each request would wake
+//! it for nothing.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::Shutdown;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::super::socket::Company;
+use super::Seat;
+
+/// A connection's socket, wherever that is served.
+#[derive(Debug)]
+pub struct Movable {
+    io: Io,
+    seat: Arc<Seat>,
+    /// A receive has brought less than it could: nothing more is there before the thread has slept.
+    is_drained: bool,
+}
+
+#[derive(Debug)]
+enum Io {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+    /// On a thread of its own, which sleeps on the socket, too.
+    Own(Arc<socket2::Socket>, Kind),
+    /// Lost on the way.
+    Gone,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Tcp,
+    Unix,
+}
+
+impl Movable {
+    pub(super) fn tcp(stream: TcpStream, seat: Arc<Seat>) -> Self {
+        Movable::new(Io::Tcp(stream), seat)
+    }
+
+    pub(super) fn unix(stream: UnixStream, seat: Arc<Seat>) -> Self {
+        Movable::new(Io::Unix(stream), seat)
+    }
+
+    fn new(io: Io, seat: Arc<Seat>) -> Self {
+        Movable {
+            io,
+            seat,
+            is_drained: false,
+        }
+    }
+
+    /// Follows the connection to where it is now.
+    fn follow(&mut self) -> io::Result<()> {
+        let is_own = matches!(self.io, Io::Own(..));
+        if is_own == self.seat.is_on_thread() {
+            return Ok(());
+        }
+        self.is_drained = false;
+        let own = |socket: socket2::Socket, kind| {
+            let socket = Arc::new(socket);
+            self.seat.sleep_on(Some(socket.clone()));
+            Io::Own(socket, kind)
+        };
+        self.io = match std::mem::replace(&mut self.io, Io::Gone) {
+            Io::Tcp(stream) => own(stream.into_std()?.into(), Kind::Tcp),
+            Io::Unix(stream) => own(stream.into_std()?.into(), Kind::Unix),
+            Io::Own(socket, kind) => {
+                self.seat.sleep_on(None);
+                let socket = Arc::into_inner(socket).ok_or(io::ErrorKind::NotConnected)?;
+                match kind {
+                    Kind::Tcp => Io::Tcp(TcpStream::from_std(socket.into())?),
+                    Kind::Unix => Io::Unix(UnixStream::from_std(socket.into())?),
+                }
+            }
+            Io::Gone => Io::Gone,
+        };
+        Ok(())
+    }
+
+    pub(in super::super) fn socket(&self) -> Option<SockRef<'_>> {
+        match &self.io {
+            Io::Tcp(stream) => Some(SockRef::from(stream)),
+            Io::Unix(stream) => Some(SockRef::from(stream)),
+            Io::Own(socket, _) => Some(SockRef::from(&**socket)),
+            Io::Gone => None,
+        }
+    }
+
+    /// See [`Socket::rest`](super::super::socket::Socket::rest).
+    pub(in super::super) fn rest(&self, company: Company) -> Option<Company> {
+        self.seat.rest(company)
+    }
+}
+
+fn gone<T>() -> Poll<io::Result<T>> {
+    Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
+}
+
+/// What came of a call that does not wait, and `want` of the socket if it would have to.
+fn polled<T>(result: io::Result<T>, want: impl FnOnce()) -> Poll<io::Result<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            want();
+            Poll::Pending
+        }
+        result => Poll::Ready(result),
+    }
+}
+
+impl AsyncRead for Movable {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.follow()?;
+        self.is_drained &= !self.seat.has_slept();
+        let this = &mut *self;
+        match &mut this.io {
+            Io::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Io::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Io::Own(..) if this.is_drained => {
+                this.seat.parker.want_read();
+                Poll::Pending
+            }
+            Io::Own(socket, _) => {
+                let room = buf.initialize_unfilled();
+                let most = room.len();
+                let received = retry(|| (&**socket).read(room));
+                this.is_drained = received.as_ref().is_ok_and(|&came| 0 < came && came < most);
+                polled(received, || this.seat.parker.want_read()).map_ok(|came| buf.advance(came))
+            }
+            Io::Gone => gone(),
+        }
+    }
+}
+
+impl AsyncWrite for Movable {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.follow()?;
+        let this = &mut *self;
+        match &mut this.io {
+            Io::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Io::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Io::Own(socket, _) => {
+                let sent = retry(|| (&**socket).write_vectored(bufs));
+                polled(sent, || this.seat.parker.want_write())
+            }
+            Io::Gone => gone(),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // A socket keeps nothing back.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.socket() {
+            Some(socket) => Poll::Ready(socket.shutdown(Shutdown::Write)),
+            None => gone(),
+        }
+    }
+}
+
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
