@@ -74,6 +74,8 @@
 pub mod attach;
 
 mod any;
+#[cfg(target_os = "linux")]
+mod bell;
 mod blocking;
 mod buf;
 mod checked;
@@ -86,9 +88,9 @@ mod geometry;
 mod give_way;
 mod slots;
 mod threads;
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "ublk"))]
 mod uring;
-#[cfg(target_os = "linux")]
+#[cfg(all(any(feature = "ublk", feature = "kernel-nbd"), target_os = "linux"))]
 mod wake;
 
 pub mod copy;

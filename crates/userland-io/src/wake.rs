@@ -6,17 +6,17 @@
 //! a compare-and-swap from `RUNNING`, which fails if anyone has called since it last looked. All of that
 //! happens on one word, so there is no moment at which a call is neither seen nor rung for.
 
-use std::io;
 use std::sync::Arc;
 use std::task::{Wake, Waker};
 
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-
 #[cfg(userland_io_loom)]
 use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+#[cfg(all(feature = "ublk", not(userland_io_loom)))]
+use std::sync::atomic::AtomicBool;
 #[cfg(not(userland_io_loom))]
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use crate::bell::Bell;
 
 /// The thread is awake, and nobody has called since it last looked.
 const RUNNING: u8 = 0;
@@ -25,37 +25,11 @@ const WOKEN: u8 = 1;
 /// The thread sleeps, or is about to: whoever calls rings.
 const SLEEPING: u8 = 2;
 
-/// What gets the thread out of its sleep. A ring before it has fallen asleep must count too.
-pub(crate) trait Bell: Send + Sync + 'static {
-    fn ring(&self);
-}
-
-/// A bell for a thread that sleeps on a descriptor.
-pub(crate) struct Eventfd(OwnedFd);
-
-impl Eventfd {
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Eventfd(eventfd(0, EventfdFlags::CLOEXEC)?))
-    }
-}
-
-impl AsFd for Eventfd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-impl Bell for Eventfd {
-    fn ring(&self) {
-        // It cannot fail: the counter, which nobody resets, would have to reach 2^64.
-        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
-    }
-}
-
 /// What the tasks' thread shares with those who wake its tasks.
 pub(crate) struct Calls<B> {
     woken: Box<[AtomicU64]>,
     state: AtomicU8,
+    #[cfg(feature = "ublk")]
     quit: AtomicBool,
     bell: B,
 }
@@ -65,6 +39,7 @@ impl<B: Bell> Calls<B> {
         Calls {
             woken: (0..tasks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             state: AtomicU8::new(RUNNING),
+            #[cfg(feature = "ublk")]
             quit: AtomicBool::new(false),
             bell,
         }
@@ -98,6 +73,7 @@ impl<B: Bell> Calls<B> {
     }
 
     /// True once the thread was asked to stop.
+    #[cfg(feature = "ublk")]
     pub(crate) fn has_quit(&self) -> bool {
         self.quit.load(Ordering::Acquire)
     }

@@ -19,9 +19,9 @@ use std::task::{Context, Waker};
 
 use rustix::fd::AsFd;
 
-#[cfg(feature = "ublk")]
+use crate::bell::Eventfd;
 use crate::queue::Queue;
-use crate::wake::{self, Calls, Eventfd};
+use crate::wake::{self, Calls};
 use ring::Event;
 pub(crate) use ring::Ring;
 
@@ -33,11 +33,9 @@ pub(crate) struct Executor {
 }
 
 /// Stops an [`Executor`] from another thread.
-#[cfg(feature = "ublk")]
 #[derive(Clone)]
 pub(crate) struct Stop(Arc<Calls<Eventfd>>);
 
-#[cfg(feature = "ublk")]
 impl Stop {
     /// Makes `run` return soon, whatever its tasks do.
     pub(crate) fn stop(&self) {
@@ -65,13 +63,11 @@ impl Executor {
     }
 
     /// What stops it from another thread.
-    #[cfg(feature = "ublk")]
     pub(crate) fn stopper(&self) -> Stop {
         Stop(self.calls.clone())
     }
 
     /// As [`run`](Self::run), on a thread that serves `queue` from now on and is inside `runtime` meanwhile.
-    #[cfg(feature = "ublk")]
     pub(crate) fn run_queue<F: Future<Output = ()>>(
         self,
         queue: Queue,
@@ -174,5 +170,5 @@ impl<F: Future<Output = ()>> Tasks<F> {
     }
 }
 
-#[cfg(all(test, feature = "ublk", not(userland_io_loom)))]
+#[cfg(all(test, not(userland_io_loom)))]
 mod tests;

@@ -13,7 +13,6 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
-#[cfg(feature = "ublk")]
 use rustix::fd::AsFd;
 use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
@@ -73,14 +72,12 @@ impl Ring {
     }
 
     /// Makes the place in the ring for the file that [`register`](Self::register) brings.
-    #[cfg(feature = "ublk")]
     pub(crate) fn make_room(&self) -> io::Result<()> {
         self.uring.borrow().submitter().register_files_sparse(1)
     }
 
     /// Gives the ring a copy of `file`, its only one: operations name it as `types::Fixed(0)`, which is cheaper than
     /// to look a descriptor up each time.
-    #[cfg(feature = "ublk")]
     pub(crate) fn register(&self, file: impl AsFd) -> io::Result<()> {
         let descriptor = file.as_fd().as_raw_fd();
         let uring = self.uring.borrow();
@@ -161,7 +158,6 @@ impl Ring {
     }
 
     /// True if an operation is under way: the kernel may still use what it refers to.
-    #[cfg(feature = "ublk")]
     pub(crate) fn is_busy(&self) -> bool {
         let under_way = |state: &Cell<State>| matches!(state.get(), State::UnderWay);
         self.operations.iter().any(under_way)

@@ -121,12 +121,9 @@ impl Alone {
     }
 }
 
-/// True if tasks have several threads to run on, of which this is one. A kernel device's queue has but its own.
-fn others_go_on() -> bool {
-    Handle::try_current().is_ok_and(|runtime| {
-        runtime.runtime_flavor() == RuntimeFlavor::MultiThread
-            && runtime.metrics().num_workers() > 1
-    })
+/// True if tasks have several threads to run on, so that one that waits leaves others.
+pub(super) fn others_go_on(runtime: &Handle) -> bool {
+    runtime.runtime_flavor() == RuntimeFlavor::MultiThread && runtime.metrics().num_workers() > 1
 }
 
 fn nanos(time: Duration) -> u64 {
@@ -137,7 +134,8 @@ impl Turn<'_> {
     /// Makes the call here, unless there may be others, it may take long, too many wait so already, or nothing else could
     /// go on meanwhile.
     pub(super) fn attempt<T>(&self, call: impl FnOnce() -> T) -> Option<T> {
-        if !self.alone.may_wait || !self.is_alone || !self.alone.is_quick() || !others_go_on() {
+        let may_wait = self.alone.may_wait && self.is_alone && self.alone.is_quick();
+        if !may_wait || !Handle::try_current().is_ok_and(|runtime| others_go_on(&runtime)) {
             return None;
         }
         let _place = Place::take()?;

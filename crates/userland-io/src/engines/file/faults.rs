@@ -207,7 +207,7 @@ fn never_here(disk: &mut File) {
 
 /// What can wait for the disk here.
 fn modes() -> Vec<Aio> {
-    match super::ring::Ring::new() {
+    match super::ring::Ring::new(None) {
         Ok(_) => vec![Aio::Threads, Aio::Uring],
         Err(error) => {
             println!("SKIP: no io_uring here ({error})");

@@ -6,7 +6,7 @@
 //! touches its memory. A flush is `fdatasync`.
 //!
 //! `open` makes the engine, `image` does the work, `sys` is the one place with system calls;
-//! `ring` makes transfers that wait for the disk where there is io_uring;
+//! `ring` makes transfers that wait for the disk where there is io_uring, by `driver`;
 //! `at_once` decides about writes that may wait but seldom do, `alone` about what waits while nothing else does;
 //! `flushes` merges what comes together;
 //! `direct`, `extents`, `blockdev` and `lock` are what their names say.
@@ -31,6 +31,8 @@ mod at_once;
 mod blockdev;
 #[cfg(target_os = "linux")]
 mod direct;
+#[cfg(target_os = "linux")]
+mod driver;
 mod extents;
 #[cfg(all(test, target_os = "linux"))]
 mod faults;

@@ -3,6 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
+use tokio::runtime::Handle;
+
 use super::image::{Image, Lane};
 use crate::{AlignedBuf, Result};
 
@@ -10,7 +12,7 @@ use crate::{AlignedBuf, Result};
 pub(super) enum Ring {}
 
 impl Ring {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(_: Option<&Handle>) -> io::Result<Self> {
         Err(io::ErrorKind::Unsupported.into())
     }
 

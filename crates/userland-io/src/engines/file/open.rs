@@ -13,8 +13,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tokio::runtime::Handle;
+
 use super::File;
-use super::alone::Alone;
+use super::alone::{self, Alone};
 #[cfg(target_os = "linux")]
 use super::at_once::AtOnce;
 use super::extents::KnownData;
@@ -111,9 +113,10 @@ impl OpenFile {
 
     pub(super) async fn open_with(self, calls: Box<dyn Calls>) -> Result<File> {
         let pool = Pool::new("ulio-file", self.threads)?;
+        let runtime = Handle::try_current().ok().filter(alone::others_go_on);
         let open = move || {
             let image = self.clone().image(calls)?;
-            let ring = self.ring(&image)?;
+            let ring = self.ring(&image, runtime.as_ref())?;
             Ok::<_, Error>((image, ring))
         };
         let (image, ring) = pool.run(open).await?;
@@ -320,11 +323,11 @@ impl OpenFile {
     }
 
     /// The ring, if there is to be one.
-    fn ring(&self, image: &Image) -> Result<Option<Ring>> {
+    fn ring(&self, image: &Image, runtime: Option<&Handle>) -> Result<Option<Ring>> {
         if self.aio == Aio::Threads || (self.aio == Aio::Auto && image.never_waits) {
             return Ok(None);
         }
-        match Ring::new() {
+        match Ring::new(runtime) {
             Ok(ring) => {
                 tracing::info!(path = %self.path.display(), "io_uring waits for the disk");
                 Ok(Some(ring))

@@ -28,10 +28,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::error::Error;
 use super::served::Order;
 use crate::Engine;
+use crate::bell::Eventfd;
 use crate::queue::{self, Queue};
 use crate::transports::nbd::socket::Socket;
 use crate::transports::nbd::transmission;
-use crate::wake::{self, Calls, Eventfd};
+use crate::wake::{self, Calls};
 
 /// How many connections there can be.
 pub(super) const MOST: usize = 64;

@@ -13,9 +13,9 @@ use super::control::{Control, Identity, Waits};
 use super::error::Error;
 use super::life::{self, BlockDevice, Message, Side};
 use super::target;
+use crate::bell::{Bell, Eventfd};
 use crate::transports::nbd::socket::Stream;
 use crate::transports::nbd::{Client, ClientBuilder};
-use crate::wake::{Bell, Eventfd};
 
 /// The longest request that the driver sends, in bytes.
 const LONGEST: u32 = 32 << 20;
