@@ -90,7 +90,7 @@ mod slots;
 mod threads;
 #[cfg(all(target_os = "linux", feature = "ublk"))]
 mod uring;
-#[cfg(all(any(feature = "ublk", feature = "kernel-nbd"), target_os = "linux"))]
+#[cfg(all(any(feature = "ublk", feature = "nbd"), target_os = "linux"))]
 mod wake;
 
 pub mod copy;

@@ -12,11 +12,12 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::io::{self, Read, Write};
 use std::net::Shutdown as Close;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -28,11 +29,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::error::Error;
 use super::served::Order;
 use crate::Engine;
-use crate::bell::Eventfd;
 use crate::queue::{self, Queue};
+use crate::transports::nbd::parker::Parker;
 use crate::transports::nbd::socket::Socket;
 use crate::transports::nbd::transmission;
-use crate::wake::{self, Calls};
 
 /// How many connections there can be.
 pub(super) const MOST: usize = 64;
@@ -59,15 +59,13 @@ pub(super) struct Connections {
 struct Place {
     line: Arc<Line>,
     thread: JoinHandle<()>,
-    waker: Waker,
 }
 
 /// The near end of a connection.
 #[derive(Debug)]
 struct Line {
     socket: UnixStream,
-    /// What the task waits for, as `poll` has it.
-    wants: AtomicU16,
+    parker: Parker,
     is_lost: AtomicBool,
 }
 
@@ -116,7 +114,7 @@ impl Connections {
             .map_err(|error| Error::io("an epoll")(error.into()))?;
         let line = Arc::new(Line {
             socket,
-            wants: AtomicU16::new(0),
+            parker: Parker::new().map_err(Error::io("an eventfd"))?,
             is_lost: AtomicBool::new(false),
         });
         let near = Near {
@@ -125,9 +123,6 @@ impl Connections {
             hung_up: (self.places.len() > 1).then(|| self.hung_up.clone()),
             place,
         };
-        let bell = Eventfd::new().map_err(Error::io("an eventfd"))?;
-        let calls = Arc::new(Calls::new(1, bell));
-        let waker = wake::waker(&calls, 0);
         let queue = Queue {
             index: place,
             count: self.places.len(),
@@ -143,7 +138,7 @@ impl Connections {
             queue::enter(queue);
             let _inside = runtime.enter();
             let served = transmission::run(near, Vec::new(), session, device, environment);
-            if let Err(error) = run(served, &own, &calls) {
+            if let Err(error) = run(served, &own) {
                 tracing::debug!(connection = place, %error, "connection lost");
             } else if !own.is_lost.load(Ordering::Relaxed) {
                 last_word.end = End::Left;
@@ -154,11 +149,7 @@ impl Connections {
         };
         let thread = thread::Builder::new().name(format!("nbd-{place}"));
         let thread = thread.spawn(work).map_err(Error::io("a thread"))?;
-        self.places[place] = Some(Place {
-            line,
-            thread,
-            waker,
-        });
+        self.places[place] = Some(Place { line, thread });
         Ok(far)
     }
 
@@ -175,7 +166,7 @@ impl Connections {
         // By name: a process that is about to be started may hold a copy of the socket.
         let _ = epoll::delete(&self.hung_up.0, &line.socket);
         for place in self.places.iter().flatten() {
-            place.waker.wake_by_ref();
+            place.line.parker.waker().wake();
         }
     }
 }
@@ -214,47 +205,17 @@ impl<F: FnOnce(End)> Drop for LastWord<F> {
 }
 
 /// Runs `task` to its end on this thread, which sleeps when neither its line nor a wake has something for it.
-fn run<T>(
-    task: impl Future<Output = io::Result<T>>,
-    line: &Line,
-    calls: &Arc<Calls<Eventfd>>,
-) -> io::Result<T> {
+fn run<T>(task: impl Future<Output = io::Result<T>>, line: &Line) -> io::Result<T> {
     let mut task = pin!(task);
-    let waker = wake::waker(calls, 0);
+    let waker = line.parker.waker();
     let mut cx = Context::from_waker(&waker);
-    let mut taken = [0];
     loop {
-        line.wants.store(0, Ordering::Relaxed);
+        line.parker.begin();
         if let Poll::Ready(result) = task.as_mut().poll(&mut cx) {
             return result;
         }
-        if calls.fall_asleep() {
-            sleep(line, calls.bell())?;
-        }
-        calls.answer(&mut taken);
-        taken = [0];
+        line.parker.park(Some(line.socket.as_fd()), None)?;
     }
-}
-
-fn sleep(line: &Line, bell: &Eventfd) -> io::Result<()> {
-    let wants = PollFlags::from_bits_retain(line.wants.load(Ordering::Relaxed));
-    let mut watched = [
-        PollFd::new(bell, PollFlags::IN),
-        PollFd::new(&line.socket, wants),
-    ];
-    // A socket that nothing is wanted of would tell of its end again and again.
-    let watched = match wants.is_empty() {
-        true => &mut watched[..1],
-        false => &mut watched[..],
-    };
-    match poll(watched, None) {
-        Err(rustix::io::Errno::INTR) => return Ok(()),
-        polled => polled?,
-    };
-    if watched[0].revents().contains(PollFlags::IN) {
-        let _ = rustix::io::read(bell, &mut [0; 8]);
-    }
-    Ok(())
 }
 
 /// A line as the transmission phase uses it.
@@ -317,7 +278,7 @@ impl Near {
     }
 
     fn wait_for(&self, wants: PollFlags) {
-        self.line.wants.fetch_or(wants.bits(), Ordering::Relaxed);
+        self.line.parker.want(wants);
     }
 
     fn send(

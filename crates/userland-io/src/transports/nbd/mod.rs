@@ -19,6 +19,8 @@ mod listen;
 mod negotiate;
 #[cfg_attr(not(target_os = "linux"), path = "no_own_thread.rs")]
 mod own_thread;
+#[cfg(target_os = "linux")]
+pub(crate) mod parker;
 mod server;
 #[doc(hidden)]
 pub mod session;

@@ -6,10 +6,9 @@
 //!
 //! So a connection's future moves. It is polled by a task of the runtime until the connection says, at rest, that it has worked
 //! beside others for a while; then by a thread, within the runtime's context, until it is alone, in a crowd, or has
-//! nothing to do for a second. Its socket goes along ([`stream`]); the thread sleeps in [`parker`]. There are only so many
+//! nothing to do for a second. Its socket goes along ([`stream`]); the thread sleeps on it in a [`Parker`]. There are only so many
 //! threads; who comes later stays where it is.
 
-mod parker;
 mod stream;
 
 use std::future::{Future, poll_fn};
@@ -18,16 +17,18 @@ use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::task::{Context, Poll, Waker};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::task::{Context, Poll};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use rustix::event::PollFlags;
+
+use super::parker::{Parker, Unparked};
 use super::socket::{Company, Stream};
-use parker::{Parker, Unparked};
 pub(super) use stream::Movable;
 
 /// So many threads for each core. Where more connections work at once, they are many, and none of them is on a thread: those that are
@@ -63,7 +64,8 @@ impl Threads {
 /// Where a connection is and where it wants to be: shared by its stream, which asks, and whoever polls it.
 #[derive(Debug, Default)]
 struct Seat {
-    parker: Arc<Parker>,
+    /// There once the connection has had a thread.
+    parker: OnceLock<Parker>,
     threads: Threads,
     /// Written by the thread, at its first and last breath.
     is_on_thread: AtomicBool,
@@ -88,6 +90,13 @@ impl Seat {
 
     fn has_slept(&self) -> bool {
         self.has_slept.swap(false, Ordering::Relaxed)
+    }
+
+    /// Notes what the thread waits for of the socket.
+    fn want(&self, what: PollFlags) {
+        if let Some(parker) = self.parker.get() {
+            parker.want(what);
+        }
     }
 
     fn sleep_on(&self, socket: Option<Arc<socket2::Socket>>) {
@@ -195,7 +204,10 @@ struct OwnThread {
 
 impl OwnThread {
     fn start(seat: Arc<Seat>) -> io::Result<Self> {
-        seat.parker.prepare()?;
+        if seat.parker.get().is_none() {
+            // Nobody else sets it.
+            let _ = seat.parker.set(Parker::new()?);
+        }
         let (start, started) = mpsc::channel();
         let (leave, left) = oneshot::channel();
         let runtime = Handle::current();
@@ -234,7 +246,9 @@ impl OwnThread {
 impl Drop for OwnThread {
     fn drop(&mut self) {
         self.seat.is_cut.store(true, Ordering::SeqCst);
-        Waker::from(self.seat.parker.clone()).wake();
+        if let Some(parker) = self.seat.parker.get() {
+            parker.waker().wake();
+        }
         // One that never got a connection waits for that.
         self.start = mpsc::channel().0;
         if let Some(thread) = self.thread.take() {
@@ -247,12 +261,15 @@ impl Drop for OwnThread {
 
 /// The thread's loop.
 fn drive(mut serve: Serve, seat: &Seat) -> Left {
-    let waker = Waker::from(seat.parker.clone());
+    let Some(parker) = seat.parker.get() else {
+        return Left::Goes(serve);
+    };
+    let waker = parker.waker();
     let mut cx = Context::from_waker(&waker);
     seat.is_idle.store(false, Ordering::Relaxed);
     seat.is_on_thread.store(true, Ordering::Release);
     let left = loop {
-        seat.parker.begin();
+        parker.begin();
         if seat.is_cut.load(Ordering::SeqCst) {
             break Left::Nothing;
         }
@@ -263,10 +280,12 @@ fn drive(mut serve: Serve, seat: &Seat) -> Left {
         }
         let socket = seat.socket.lock().unwrap_or_else(PoisonError::into_inner);
         let fd = socket.as_ref().map(|socket| socket.as_fd());
-        let unparked = seat.parker.park(fd, IDLE);
+        let is_idle = match parker.park(fd, Some(IDLE)) {
+            Ok(unparked) => unparked == Unparked::ByTime,
+            Err(error) => break Left::Over(Err(error)),
+        };
         seat.has_slept.store(true, Ordering::Relaxed);
-        seat.is_idle
-            .store(unparked == Unparked::ByTime, Ordering::Relaxed);
+        seat.is_idle.store(is_idle, Ordering::Relaxed);
     };
     seat.is_on_thread.store(false, Ordering::Release);
     left

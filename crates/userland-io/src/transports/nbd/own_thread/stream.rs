@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use rustix::event::PollFlags;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -129,7 +130,7 @@ impl AsyncRead for Movable {
             Io::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Io::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Io::Own(..) if this.is_drained => {
-                this.seat.parker.want_read();
+                this.seat.want(PollFlags::IN);
                 Poll::Pending
             }
             Io::Own(socket, _) => {
@@ -137,7 +138,7 @@ impl AsyncRead for Movable {
                 let most = room.len();
                 let received = retry(|| (&**socket).read(room));
                 this.is_drained = received.as_ref().is_ok_and(|&came| 0 < came && came < most);
-                polled(received, || this.seat.parker.want_read()).map_ok(|came| buf.advance(came))
+                polled(received, || this.seat.want(PollFlags::IN)).map_ok(|came| buf.advance(came))
             }
             Io::Gone => gone(),
         }
@@ -165,7 +166,7 @@ impl AsyncWrite for Movable {
             Io::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Io::Own(socket, _) => {
                 let sent = retry(|| (&**socket).write_vectored(bufs));
-                polled(sent, || this.seat.parker.want_write())
+                polled(sent, || this.seat.want(PollFlags::OUT))
             }
             Io::Gone => gone(),
         }
