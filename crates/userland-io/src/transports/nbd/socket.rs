@@ -36,6 +36,13 @@ pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
         None
     }
 
+    /// What company to expect, as far as where it is served tells.
+    ///
+    /// Left out, none or too much.
+    fn company(&self) -> Company {
+        Company::NoneOrMany
+    }
+
     /// Called when the connection has nothing to do, with who else has worked lately. If it will be served elsewhere from its next
     /// poll on: what company that is best for.
     ///
@@ -104,6 +111,14 @@ impl Socket for Stream {
 
     fn send_now(&self, slices: &[IoSlice<'_>]) -> Option<usize> {
         (&*self.socket()?).write_vectored(slices).ok()
+    }
+
+    #[cfg(target_os = "linux")]
+    fn company(&self) -> Company {
+        match self {
+            Stream::Movable(stream) => stream.company(),
+            _ => Company::NoneOrMany,
+        }
     }
 
     #[cfg(target_os = "linux")]

@@ -6,7 +6,8 @@
 //!
 //! So a connection's future moves. It is polled by a task of the runtime until the connection says, at rest, that it has worked
 //! beside others for a while; then by a thread, within the runtime's context, until it is alone, in a crowd, or has
-//! nothing to do for a second. Its socket goes along ([`stream`]); the thread sleeps on it in a [`Parker`]. There are only so many
+//! nothing to do for a second. One that comes while there are others begins on a thread: a client that was woken by this
+//! thread and that is not brought to where its server is for seconds. Its socket goes along ([`stream`]); the thread sleeps on it in a [`Parker`]. There are only so many
 //! threads; who comes later stays where it is.
 
 mod stream;
@@ -37,27 +38,51 @@ const THREADS: usize = 32;
 /// A thread that has nothing to do for so long is given back.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// How many connections of a server may yet have threads.
+/// The connections of a server, and how many of them may yet have threads. Only counts: nothing is read or written under their
+/// protection.
 #[derive(Clone, Debug)]
-pub(super) struct Threads(Arc<AtomicUsize>);
+pub(super) struct Threads(Arc<Counts>);
+
+#[derive(Debug)]
+struct Counts {
+    free: AtomicUsize,
+    connections: AtomicUsize,
+}
 
 impl Default for Threads {
     fn default() -> Self {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        Threads(Arc::new(AtomicUsize::new(cores * THREADS)))
+        Threads(Arc::new(Counts {
+            free: AtomicUsize::new(cores * THREADS),
+            connections: AtomicUsize::new(0),
+        }))
     }
 }
 
 impl Threads {
-    /// Takes one, if one is left. Only a count: nothing is read or written under its protection.
+    /// Takes a thread, if one is left.
     fn take(&self) -> bool {
         let order = Ordering::Relaxed;
         let less = |free: usize| free.checked_sub(1);
-        self.0.fetch_update(order, order, less).is_ok()
+        self.0.free.fetch_update(order, order, less).is_ok()
     }
 
     fn give(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.0.free.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a connection for as long as the answer is kept. True if it is not the only one.
+    fn join(&self) -> (Joined<'_>, bool) {
+        let before = self.0.connections.fetch_add(1, Ordering::Relaxed);
+        (Joined(self), before > 0)
+    }
+}
+
+struct Joined<'a>(&'a Threads);
+
+impl Drop for Joined<'_> {
+    fn drop(&mut self) {
+        self.0.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -159,14 +184,20 @@ where
         stream => stream,
     };
     let mut serve: Serve = Box::pin(serve(stream));
+    let (_joined, is_beside_others) = seat.threads.join();
+    let mut is_moving = is_beside_others && seat.take_thread();
     loop {
-        let ended = poll_fn(|cx| match serve.as_mut().poll(cx) {
-            Poll::Pending if seat.wants_to_move() => Poll::Ready(None),
-            polled => polled.map(Some),
+        let ended = poll_fn(|cx| match is_moving {
+            true => Poll::Ready(None),
+            false => match serve.as_mut().poll(cx) {
+                Poll::Pending if seat.wants_to_move() => Poll::Ready(None),
+                polled => polled.map(Some),
+            },
         });
         if let Some(result) = ended.await {
             return result;
         }
+        is_moving = false;
         let taken = Taken(&seat.threads);
         let own = match OwnThread::start(seat.clone()) {
             Ok(own) => own,

@@ -96,6 +96,15 @@ impl Movable {
         }
     }
 
+    /// See [`Socket::company`](super::super::socket::Socket::company).
+    pub(in super::super) fn company(&self) -> Company {
+        match self.seat.is_on_thread() {
+            // It only begins here because there were others.
+            true => Company::Unsure,
+            false => Company::NoneOrMany,
+        }
+    }
+
     /// See [`Socket::rest`](super::super::socket::Socket::rest).
     pub(in super::super) fn rest(&self, company: Company) -> Option<Company> {
         self.seat.rest(company)

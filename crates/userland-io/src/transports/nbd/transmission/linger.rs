@@ -345,6 +345,32 @@ mod tests {
     }
 
     #[test]
+    fn company_is_seen_soon_and_its_end_after_a_while() {
+        let chairs = chairs(LONG);
+        let mut linger = Linger::new(chairs.clone());
+        let mut others = Linger::new(chairs);
+        let mut turn = |linger: &mut Linger, of_others: usize| {
+            linger.sleep();
+            for _ in 0..of_others {
+                others.wake();
+            }
+            linger.wake();
+            linger.company()
+        };
+        assert_eq!(turn(&mut linger, 0), Company::NoneOrMany);
+        let turns = (1..).find(|_| turn(&mut linger, 1) == Company::Few);
+        assert_eq!(turns, Some(16));
+        linger.believe(Company::Few);
+        let turns = (1..).find(|_| turn(&mut linger, 0) == Company::NoneOrMany);
+        assert_eq!(turns, Some(1024));
+        // As many turns of others as there may be threads, and one more.
+        linger.believe(Company::Few);
+        assert_eq!(turn(&mut linger, THRONG), Company::Few);
+        let turns = (1..).find(|_| turn(&mut linger, THRONG + 1) == Company::NoneOrMany);
+        assert_eq!(turns, Some(16));
+    }
+
+    #[test]
     fn a_turn_ends_however_fast_requests_come() {
         let turn = |is_alone: bool| {
             let chairs = Chairs::new(2);

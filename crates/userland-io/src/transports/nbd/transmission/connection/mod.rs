@@ -143,6 +143,8 @@ where
         device: &'a dyn Nowait,
     ) -> Self {
         let limits = &*environment.limits;
+        let mut linger = Linger::new(environment.chairs.clone());
+        linger.believe(stream.company());
         Connection {
             stream,
             session,
@@ -166,7 +168,7 @@ where
             holes: None,
             writes_in_place: false,
             piece_unit: None,
-            linger: Linger::new(environment.chairs.clone()),
+            linger,
             phase: Phase::Header,
             state: State::Serving,
             result: Ok(()),
