@@ -42,6 +42,14 @@ fn threads() -> usize {
         .count()
 }
 
+/// The events of this process: a thread has one.
+fn events() -> usize {
+    let files = fs::read_dir("/proc/self/fd").unwrap();
+    let target = |file: io::Result<fs::DirEntry>| fs::read_link(file.ok()?.path()).ok();
+    let is_event = |target: &std::path::PathBuf| target.ends_with("anon_inode:[eventfd]");
+    files.filter_map(target).filter(is_event).count()
+}
+
 fn until(what: &str, is_so: impl Fn() -> bool) {
     let start = Instant::now();
     while !is_so() {
@@ -191,12 +199,14 @@ fn stop(stand: &Stand, ended: Vec<Ended>) -> Vec<Client> {
 fn who_works_beside_others_has_a_thread_until_it_rests() {
     let _alone = alone();
     let mut stand = Stand::new(Limits::default());
+    let before = events();
     let ended = stand.start(4);
     until("four threads", || threads() == 4);
+    assert_eq!(events(), before + 4);
     // What is done by others, here a timer of the runtime, wakes a thread.
     *stand.rig.delay.lock().unwrap() = Duration::from_micros(100);
-    let before = stand.done.load(SeqCst);
-    until("answers", || stand.done.load(SeqCst) >= before + 400);
+    let done = stand.done.load(SeqCst);
+    until("answers", || stand.done.load(SeqCst) >= done + 400);
     assert_eq!(threads(), 4);
     *stand.rig.delay.lock().unwrap() = Duration::ZERO;
     let mut clients = stop(&stand, ended);
@@ -206,13 +216,14 @@ fn who_works_beside_others_has_a_thread_until_it_rests() {
         assert_eq!(client.read(number * BLOCK as u64).unwrap(), 251);
     }
     assert_eq!(threads(), 0);
-    // And once more.
+    // And once more, with the events of the first time.
     let again: Vec<_> = clients
         .into_iter()
         .zip(0..)
         .map(|(client, n)| stand.work(client, n))
         .collect();
     until("four threads again", || threads() == 4);
+    assert_eq!(events(), before + 4);
     let clients = stop(&stand, again);
     // A client that leaves takes its thread with it.
     drop(clients);

@@ -18,15 +18,13 @@ use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Context, Poll};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-
-use rustix::event::PollFlags;
 
 use super::parker::{Parker, Unparked};
 use super::socket::{Company, Stream};
@@ -38,8 +36,8 @@ const THREADS: usize = 32;
 /// A thread that has nothing to do for so long is given back.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// The connections of a server, and how many of them may yet have threads. Only counts: nothing is read or written under their
-/// protection.
+/// The connections of a server, and how many of them may yet have threads. The counts are only counts: nothing is read or written
+/// under their protection.
 #[derive(Clone, Debug)]
 pub(super) struct Threads(Arc<Counts>);
 
@@ -47,6 +45,9 @@ pub(super) struct Threads(Arc<Counts>);
 struct Counts {
     free: AtomicUsize,
     connections: AtomicUsize,
+    /// Those of threads that have ended. A late wake of somebody whom they used to serve does no harm, but keeps their descriptors open,
+    /// so they are not thrown away.
+    parkers: Mutex<Vec<Arc<Parker>>>,
 }
 
 impl Default for Threads {
@@ -55,6 +56,7 @@ impl Default for Threads {
         Threads(Arc::new(Counts {
             free: AtomicUsize::new(cores * THREADS),
             connections: AtomicUsize::new(0),
+            parkers: Mutex::default(),
         }))
     }
 }
@@ -69,6 +71,13 @@ impl Threads {
 
     fn give(&self) {
         self.0.free.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn parkers(&self) -> MutexGuard<'_, Vec<Arc<Parker>>> {
+        self.0
+            .parkers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a connection for as long as the answer is kept. True if it is not the only one.
@@ -89,8 +98,8 @@ impl Drop for Joined<'_> {
 /// Where a connection is and where it wants to be: shared by its stream, which asks, and whoever polls it.
 #[derive(Debug, Default)]
 struct Seat {
-    /// There once the connection has had a thread.
-    parker: OnceLock<Parker>,
+    /// Of the thread, while there is one.
+    parker: Mutex<Option<Arc<Parker>>>,
     threads: Threads,
     /// Written by the thread, at its first and last breath.
     is_on_thread: AtomicBool,
@@ -117,11 +126,8 @@ impl Seat {
         self.has_slept.swap(false, Ordering::Relaxed)
     }
 
-    /// Notes what the thread waits for of the socket.
-    fn want(&self, what: PollFlags) {
-        if let Some(parker) = self.parker.get() {
-            parker.want(what);
-        }
+    fn parker(&self) -> MutexGuard<'_, Option<Arc<Parker>>> {
+        self.parker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn sleep_on(&self, socket: Option<Arc<socket2::Socket>>) {
@@ -228,6 +234,7 @@ impl Drop for Taken<'_> {
 /// A connection's thread. Dropped, it cuts the connection and waits until the thread is gone.
 struct OwnThread {
     seat: Arc<Seat>,
+    parker: Arc<Parker>,
     start: mpsc::Sender<Serve>,
     left: oneshot::Receiver<Left>,
     thread: Option<JoinHandle<()>>,
@@ -235,25 +242,28 @@ struct OwnThread {
 
 impl OwnThread {
     fn start(seat: Arc<Seat>) -> io::Result<Self> {
-        if seat.parker.get().is_none() {
-            // Nobody else sets it.
-            let _ = seat.parker.set(Parker::new()?);
-        }
+        let used = seat.threads.parkers().pop();
+        let parker = match used {
+            Some(parker) => parker,
+            None => Arc::new(Parker::new()?),
+        };
         let (start, started) = mpsc::channel();
         let (leave, left) = oneshot::channel();
         let runtime = Handle::current();
-        let own = seat.clone();
+        let (own, own_parker) = (seat.clone(), parker.clone());
         let builder = thread::Builder::new().name("ulio-nbd".into());
         let thread = builder.spawn(move || {
             // Without one, the connection ended before it got here.
             if let Ok(serve) = started.recv() {
                 let _context = runtime.enter();
                 // Nobody to tell: then it was cut.
-                let _ = leave.send(drive(serve, &own));
+                let _ = leave.send(drive(serve, &own, &own_parker));
             }
         })?;
+        *seat.parker() = Some(parker.clone());
         Ok(OwnThread {
             seat,
+            parker,
             start,
             left,
             thread: Some(thread),
@@ -277,24 +287,21 @@ impl OwnThread {
 impl Drop for OwnThread {
     fn drop(&mut self) {
         self.seat.is_cut.store(true, Ordering::SeqCst);
-        if let Some(parker) = self.seat.parker.get() {
-            parker.waker().wake();
-        }
+        self.parker.waker().wake();
         // One that never got a connection waits for that.
         self.start = mpsc::channel().0;
         if let Some(thread) = self.thread.take() {
             // It has its answer sent, or polls its connection at most once more. A panic has been told by its hook.
             let _ = thread.join();
         }
+        *self.seat.parker() = None;
+        self.seat.threads.parkers().push(self.parker.clone());
         self.seat.is_cut.store(false, Ordering::SeqCst);
     }
 }
 
 /// The thread's loop.
-fn drive(mut serve: Serve, seat: &Seat) -> Left {
-    let Some(parker) = seat.parker.get() else {
-        return Left::Goes(serve);
-    };
+fn drive(mut serve: Serve, seat: &Seat, parker: &Parker) -> Left {
     let waker = parker.waker();
     let mut cx = Context::from_waker(&waker);
     seat.is_idle.store(false, Ordering::Relaxed);

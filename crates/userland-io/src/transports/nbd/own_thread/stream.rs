@@ -14,6 +14,7 @@ use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
+use super::super::parker::Parker;
 use super::super::socket::Company;
 use super::Seat;
 
@@ -31,7 +32,7 @@ enum Io {
     Tcp(TcpStream),
     Unix(UnixStream),
     /// On a thread of its own, which sleeps on the socket, too.
-    Own(Arc<socket2::Socket>, Kind),
+    Own(Arc<socket2::Socket>, Arc<Parker>, Kind),
     /// Lost on the way.
     Gone,
 }
@@ -69,12 +70,16 @@ impl Movable {
         let own = |socket: socket2::Socket, kind| {
             let socket = Arc::new(socket);
             self.seat.sleep_on(Some(socket.clone()));
-            Io::Own(socket, kind)
+            match self.seat.parker().clone() {
+                Some(parker) => Io::Own(socket, parker, kind),
+                // A thread without: there is none.
+                None => Io::Gone,
+            }
         };
         self.io = match std::mem::replace(&mut self.io, Io::Gone) {
             Io::Tcp(stream) => own(stream.into_std()?.into(), Kind::Tcp),
             Io::Unix(stream) => own(stream.into_std()?.into(), Kind::Unix),
-            Io::Own(socket, kind) => {
+            Io::Own(socket, _, kind) => {
                 self.seat.sleep_on(None);
                 let socket = Arc::into_inner(socket).ok_or(io::ErrorKind::NotConnected)?;
                 match kind {
@@ -91,7 +96,7 @@ impl Movable {
         match &self.io {
             Io::Tcp(stream) => Some(SockRef::from(stream)),
             Io::Unix(stream) => Some(SockRef::from(stream)),
-            Io::Own(socket, _) => Some(SockRef::from(&**socket)),
+            Io::Own(socket, ..) => Some(SockRef::from(&**socket)),
             Io::Gone => None,
         }
     }
@@ -138,16 +143,16 @@ impl AsyncRead for Movable {
         match &mut this.io {
             Io::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Io::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
-            Io::Own(..) if this.is_drained => {
-                this.seat.want(PollFlags::IN);
+            Io::Own(_, parker, _) if this.is_drained => {
+                parker.want(PollFlags::IN);
                 Poll::Pending
             }
-            Io::Own(socket, _) => {
+            Io::Own(socket, parker, _) => {
                 let room = buf.initialize_unfilled();
                 let most = room.len();
                 let received = retry(|| (&**socket).read(room));
                 this.is_drained = received.as_ref().is_ok_and(|&came| 0 < came && came < most);
-                polled(received, || this.seat.want(PollFlags::IN)).map_ok(|came| buf.advance(came))
+                polled(received, || parker.want(PollFlags::IN)).map_ok(|came| buf.advance(came))
             }
             Io::Gone => gone(),
         }
@@ -173,9 +178,9 @@ impl AsyncWrite for Movable {
         match &mut this.io {
             Io::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Io::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Io::Own(socket, _) => {
+            Io::Own(socket, parker, _) => {
                 let sent = retry(|| (&**socket).write_vectored(bufs));
-                polled(sent, || this.seat.want(PollFlags::OUT))
+                polled(sent, || parker.want(PollFlags::OUT))
             }
             Io::Gone => gone(),
         }
