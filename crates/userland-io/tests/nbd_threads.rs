@@ -300,3 +300,40 @@ fn a_request_that_never_ends_does_not_keep_its_thread() {
     gate.add_permits(1);
     assert_eq!(gate.available_permits(), 1);
 }
+
+#[test]
+fn a_client_that_never_pauses_does_not_keep_its_thread_either() {
+    let _alone = alone();
+    let mut limits = Limits::default();
+    limits.shutdown_grace = Duration::from_millis(50);
+    let mut stand = Stand::new(limits);
+    let _other = stand.connect();
+    let client = stand.connect();
+    let mut replies = client.0.try_clone().unwrap();
+    let flood = thread::spawn(move || {
+        let mut stream = client.0;
+        let request = Request {
+            flags: CommandFlags::empty(),
+            command: cmd::FLUSH,
+            cookie: 0,
+            offset: 0,
+            length: 0,
+        };
+        // More than one receive takes, so that there is always more.
+        let many = request.encode_compact().repeat(20_000);
+        while stream.write_all(&many).is_ok() {}
+    });
+    let taken = Arc::new(AtomicUsize::new(0));
+    let count = taken.clone();
+    let drain = thread::spawn(move || {
+        let mut bytes = vec![0; MIB];
+        while let Ok(came @ 1..) = replies.read(&mut bytes) {
+            count.fetch_add(came, SeqCst);
+        }
+    });
+    until("replies", || taken.load(SeqCst) > 16 * 100_000);
+    stand.shutdown().unwrap();
+    assert_eq!(threads(), 0);
+    flood.join().unwrap();
+    drain.join().unwrap();
+}

@@ -315,8 +315,8 @@ impl Operation {
     fn note(&mut self, result: i32) -> Result {
         let result = match (usize::try_from(result), -result) {
             (Ok(moved), _) => Ok(moved),
-            // The thread that handed it in has ended.
-            (Err(_), libc::ECANCELED) => Err(io::ErrorKind::Interrupted.into()),
+            // The thread that handed it in has ended. (A bad address it cannot be: the memory is this engine's.)
+            (Err(_), libc::ECANCELED | libc::EFAULT) => Err(io::ErrorKind::Interrupted.into()),
             (Err(_), errno) => Err(io::Error::from_raw_os_error(errno)),
         };
         let (image, at) = (&self.lent.image, self.offset + self.done as u64);

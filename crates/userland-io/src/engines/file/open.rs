@@ -99,6 +99,10 @@ impl OpenFile {
     }
 
     /// What waits for the disk. If left out: [`Aio::Auto`].
+    ///
+    /// Within a runtime of several threads, a task of it hands transfers to the kernel and takes their ends. So its tasks must not keep all
+    /// of its threads waiting for this file; and what a thread has handed in may end only once that thread is not stuck in a
+    /// system call. A program that itself reads or writes a kernel device which it serves from a file does better with [`Aio::Threads`].
     pub fn aio(mut self, aio: Aio) -> Self {
         self.aio = aio;
         self

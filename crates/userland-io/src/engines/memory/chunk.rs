@@ -77,12 +77,20 @@ impl Chunk {
         if self.written == 0 {
             return false;
         }
-        self.mark(self.written & !whole);
-        match self.written {
-            0 => self.pages.free(),
-            _ => self.pages[part].fill(0),
+        let before = self.written;
+        self.mark(before & !whole);
+        if self.written == 0 {
+            self.pages.free();
+            return true;
         }
-        self.written == 0
+        // Others hold zeroes, and may have no memory.
+        for page in part.start / PAGE..part.end.div_ceil(PAGE) {
+            if before >> page & 1 == 1 {
+                let start = part.start.max(page * PAGE);
+                self.pages[start..part.end.min((page + 1) * PAGE)].fill(0);
+            }
+        }
+        false
     }
 
     fn mark(&mut self, written: u64) {

@@ -10,8 +10,8 @@
 use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::mm::{self, Advice, MapFlags, ProtFlags};
 
@@ -23,13 +23,14 @@ const CHUNKS: usize = REGION / CHUNK;
 /// With so many full chunks a region lets the next one be huge.
 const DENSE: u8 = CHUNKS as u8 / 2;
 
-/// The chunks of a region that ...
 #[derive(Debug, Default)]
 struct Region {
-    /// ... hold bytes.
+    /// How many chunks hold bytes.
     used: AtomicU8,
-    /// ... were written in every page.
+    /// How many were written in every page.
     full: AtomicU8,
+    /// Huge pages were asked for.
+    is_huge: AtomicBool,
 }
 
 /// A mapping of its own, unmapped with the last of its parts.
@@ -82,8 +83,25 @@ impl DerefMut for Part {
     }
 }
 
+/// True unless address space is short, or costs as much as memory: it is taken for many chunks at once.
+fn is_space_free() -> bool {
+    static IS_FREE: OnceLock<bool> = OnceLock::new();
+    *IS_FREE.get_or_init(|| {
+        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let is_charged = read("/proc/sys/vm/overcommit_memory").trim() == "2";
+        let limits = read("/proc/self/limits");
+        let mut limits = limits.lines();
+        let limit = limits.find_map(|line| line.strip_prefix("Max address space"));
+        let is_limited = limit.is_none_or(|limit| !limit.trim_start().starts_with("unlimited"));
+        !is_charged && !is_limited
+    })
+}
+
 /// The memory of `count` chunks side by side, a multiple of those of a region. `None` if the system gives no such address space.
 pub(super) fn parts(count: usize) -> Option<impl Iterator<Item = Part>> {
+    if !is_space_free() {
+        return None;
+    }
     // One region more, since a mapping begins at any page.
     let len = count * CHUNK + REGION;
     // SAFETY: without an address the kernel takes one that nothing else uses.
@@ -102,6 +120,10 @@ pub(super) fn parts(count: usize) -> Option<impl Iterator<Item = Part>> {
         len,
         regions: regions.take(count / CHUNKS).collect(),
     });
+    // Where the system makes pages huge unasked, too.
+    // SAFETY: the mapping is this one's, and with pages of another size its bytes are the same.
+    let advised = unsafe { mm::madvise(start.as_ptr(), len, Advice::LinuxNoHugepage) };
+    told(advised);
     let skip = start.cast::<u8>().align_offset(REGION);
     Some((0..count).map(move |index| Part {
         // SAFETY: `skip` is less than a region, so this and the `CHUNK` bytes behind it are inside the mapping.
@@ -109,6 +131,13 @@ pub(super) fn parts(count: usize) -> Option<impl Iterator<Item = Part>> {
         index,
         mapping: mapping.clone(),
     }))
+}
+
+/// Advice may be refused, by a kernel without huge pages.
+fn told(advised: rustix::io::Result<()>) {
+    if let Err(error) = advised {
+        tracing::debug!(%error, "advice on huge pages was refused");
+    }
 }
 
 impl Part {
@@ -125,15 +154,19 @@ impl Part {
             self.mapping.regions[before].full.load(Ordering::Relaxed) >= DENSE
         });
         if is_first && is_dense {
-            // SAFETY: the region lies inside the mapping, and with pages of another size its bytes are the same.
-            let advised = unsafe {
-                let start = self.start.sub(self.index % CHUNKS * CHUNK);
-                mm::madvise(start.as_ptr().cast(), REGION, Advice::LinuxHugepage)
-            };
-            if let Err(error) = advised {
-                tracing::debug!(%error, "huge pages were refused");
-            }
+            self.region().is_huge.store(true, Ordering::Relaxed);
+            self.advise(Advice::LinuxHugepage);
         }
+    }
+
+    /// Advises the system on the region.
+    fn advise(&self, advice: Advice) {
+        // SAFETY: the region lies inside the mapping, and with pages of another size its bytes are the same.
+        let advised = unsafe {
+            let start = self.start.sub(self.index % CHUNKS * CHUNK);
+            mm::madvise(start.as_ptr().cast(), REGION, advice)
+        };
+        told(advised);
     }
 
     /// Notes whether every page is written now, which has changed.
@@ -148,6 +181,10 @@ impl Part {
     /// Gives its memory back; it holds zeroes afterwards, and is not [open](Self::open).
     pub(super) fn free(&mut self) {
         self.region().used.fetch_sub(1, Ordering::Relaxed);
+        // Or the system might fill the gap again.
+        if self.region().is_huge.swap(false, Ordering::Relaxed) {
+            self.advise(Advice::LinuxNoHugepage);
+        }
         // SAFETY: the bytes are this part's, which is borrowed mutably, so nobody looks at them; the kernel replaces them by
         // zeroes, since the mapping is private and anonymous.
         let freed =
@@ -166,7 +203,7 @@ mod tests {
     use super::super::chunk::PAGE;
     use super::*;
 
-    /// What the kernel tells of the mapping around `part`: whether huge pages are asked for, and how many KiB of them there are.
+    /// What the kernel tells of the mapping around `part`: whether huge pages are asked for, or forbidden, and how many KiB of them there are.
     fn huge(part: &Part) -> (bool, u64) {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let address = part.start.as_ptr() as usize;
@@ -178,7 +215,9 @@ mod tests {
             if let Some((start, end)) = range.and_then(|r| Some((number(r.0)?, number(r.1)?))) {
                 is_here = (start..end).contains(&address);
             } else if is_here && first == "VmFlags:" {
-                is_asked = rest.split_whitespace().any(|flag| flag == "hg");
+                let has = |flag| rest.split_whitespace().any(|other| other == flag);
+                is_asked = has("hg");
+                assert!(is_asked != has("nh"), "{rest}");
             } else if is_here && first == "AnonHugePages:" {
                 kib = rest.trim().trim_end_matches(" kB").parse().unwrap();
             }
@@ -262,6 +301,7 @@ mod tests {
         parts[at].fill(false);
         parts[at].free();
         assert!(parts[at].iter().all(|&byte| byte == 0));
+        assert!(!huge(&parts[at]).0, "no more memory behind it");
         for near in [at - 1, at + 1] {
             assert!((0..CHUNK / PAGE).all(|page| parts[near][page * PAGE] == page as u8 | 1));
         }

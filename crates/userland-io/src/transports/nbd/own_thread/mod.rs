@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Context, Poll};
 use std::thread::{self, JoinHandle};
@@ -33,6 +33,10 @@ pub(super) use stream::Movable;
 /// So many threads for each core. Where more connections work at once, they are many, and none of them is on a thread: those that are
 /// would keep the others waiting.
 const THREADS: usize = 32;
+/// How often a connection may use its socket before the thread looks at what else there is: as often as tokio lets a task.
+const USES: u8 = 128;
+/// After an error of the system's a thread tries again this much later.
+const PAUSE: Duration = Duration::from_millis(1);
 /// A thread that has nothing to do for so long is given back.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -107,6 +111,9 @@ struct Seat {
     wants_to_move: AtomicBool,
     /// The thread has had nothing to do for long.
     is_idle: AtomicBool,
+    /// How often the socket may yet be used in this poll: a client that sends and takes without end must not keep the thread from what else
+    /// there is to look at. (A task's runtime sees to that by itself.)
+    uses_left: AtomicU8,
     /// The thread has slept since the stream last asked.
     has_slept: AtomicBool,
     /// The system has refused a thread.
@@ -124,6 +131,14 @@ impl Seat {
 
     fn has_slept(&self) -> bool {
         self.has_slept.swap(false, Ordering::Relaxed)
+    }
+
+    /// Uses the socket once. False if the poll has lasted long enough: then it should end, and be repeated.
+    fn may_use(&self) -> bool {
+        let left = self.uses_left.load(Ordering::Relaxed);
+        self.uses_left
+            .store(left.saturating_sub(1), Ordering::Relaxed);
+        left > 0 && !self.is_cut.load(Ordering::Relaxed)
     }
 
     fn parker(&self) -> MutexGuard<'_, Option<Arc<Parker>>> {
@@ -311,6 +326,7 @@ fn drive(mut serve: Serve, seat: &Seat, parker: &Parker) -> Left {
         if seat.is_cut.load(Ordering::SeqCst) {
             break Left::Nothing;
         }
+        seat.uses_left.store(USES, Ordering::Relaxed);
         match serve.as_mut().poll(&mut cx) {
             Poll::Ready(result) => break Left::Over(result),
             Poll::Pending if seat.wants_to_move() => break Left::Goes(serve),
@@ -320,7 +336,11 @@ fn drive(mut serve: Serve, seat: &Seat, parker: &Parker) -> Left {
         let fd = socket.as_ref().map(|socket| socket.as_fd());
         let is_idle = match parker.park(fd, Some(IDLE)) {
             Ok(unparked) => unparked == Unparked::ByTime,
-            Err(error) => break Left::Over(Err(error)),
+            // Of memory, say. What is in flight must not be lost for that.
+            Err(_) => {
+                thread::sleep(PAUSE);
+                false
+            }
         };
         seat.has_slept.store(true, Ordering::Relaxed);
         seat.is_idle.store(is_idle, Ordering::Relaxed);

@@ -62,9 +62,17 @@ impl Movable {
 
     /// Follows the connection to where it is now.
     fn follow(&mut self) -> io::Result<()> {
-        let is_own = matches!(self.io, Io::Own(..));
-        if is_own == self.seat.is_on_thread() {
-            return Ok(());
+        match (&mut self.io, self.seat.is_on_thread()) {
+            (Io::Own(_, parker, _), true) => {
+                // It may have gone from one thread to the next without a look at its socket.
+                match &*self.seat.parker() {
+                    Some(now) if !Arc::ptr_eq(now, parker) => *parker = now.clone(),
+                    _ => {}
+                }
+                return Ok(());
+            }
+            (Io::Tcp(_) | Io::Unix(_), false) | (Io::Gone, _) => return Ok(()),
+            _ => {}
         }
         self.is_drained = false;
         let own = |socket: socket2::Socket, kind| {
@@ -116,6 +124,13 @@ impl Movable {
     }
 }
 
+impl Drop for Movable {
+    fn drop(&mut self) {
+        // Lest the client wait for the end until the thread has been looked after.
+        self.seat.sleep_on(None);
+    }
+}
+
 fn gone<T>() -> Poll<io::Result<T>> {
     Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
 }
@@ -143,6 +158,10 @@ impl AsyncRead for Movable {
         match &mut this.io {
             Io::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Io::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Io::Own(..) if !this.seat.may_use() => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
             Io::Own(_, parker, _) if this.is_drained => {
                 parker.want(PollFlags::IN);
                 Poll::Pending
@@ -178,6 +197,10 @@ impl AsyncWrite for Movable {
         match &mut this.io {
             Io::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Io::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Io::Own(..) if !this.seat.may_use() => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
             Io::Own(socket, parker, _) => {
                 let sent = retry(|| (&**socket).write_vectored(bufs));
                 polled(sent, || parker.want(PollFlags::OUT))
