@@ -185,12 +185,14 @@ impl Part {
         if self.region().is_huge.swap(false, Ordering::Relaxed) {
             self.advise(Advice::LinuxNoHugepage);
         }
-        // SAFETY: the bytes are this part's, which is borrowed mutably, so nobody looks at them; the kernel replaces them by
-        // zeroes, since the mapping is private and anonymous.
-        let freed =
-            unsafe { mm::madvise(self.start.as_ptr().cast(), CHUNK, Advice::LinuxDontNeed) };
-        // Of locked memory, for one.
-        if freed.is_err() {
+        // A process that serves a kernel device may have locked its memory, which older kernels do not give back.
+        let ways = [Advice::LinuxDontNeed, Advice::LinuxDontneedLocked];
+        let is_free = ways.into_iter().any(|advice| {
+            // SAFETY: the bytes are this part's, which is borrowed mutably, so nobody looks at them; the kernel replaces them by
+            // zeroes, since the mapping is private and anonymous.
+            unsafe { mm::madvise(self.start.as_ptr().cast(), CHUNK, advice) }.is_ok()
+        });
+        if !is_free {
             self.deref_mut().fill(0);
         }
     }

@@ -348,3 +348,50 @@ fn drive(mut serve: Serve, seat: &Seat, parker: &Parker) -> Left {
     seat.is_on_thread.store(false, Ordering::Release);
     left
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::pin::pin;
+
+    use tokio::io::{AsyncRead, ReadBuf};
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_poll_uses_its_socket_so_often_and_asks_for_another_one() {
+        let (mut there, here) = std::os::unix::net::UnixStream::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        there.write_all(&[7; 1000]).unwrap();
+        let seat = Arc::new(Seat::default());
+        let parker = Arc::new(Parker::new().unwrap());
+        *seat.parker() = Some(parker.clone());
+        let stream = Movable::unix(UnixStream::from_std(here).unwrap(), seat.clone());
+        let mut stream = pin!(stream);
+        seat.is_on_thread.store(true, Ordering::Release);
+        let waker = parker.waker();
+        let mut poll = || {
+            let mut byte = [0];
+            let mut to = ReadBuf::new(&mut byte);
+            let polled = stream
+                .as_mut()
+                .poll_read(&mut Context::from_waker(&waker), &mut to);
+            polled.map(|read| read.map(|()| to.filled().to_vec()).unwrap())
+        };
+        for _ in 0..2 {
+            parker.begin();
+            seat.uses_left.store(USES, Ordering::Relaxed);
+            for _ in 0..USES {
+                assert_eq!(poll(), Poll::Ready(vec![7]));
+            }
+            assert_eq!(poll(), Poll::Pending);
+            // Nobody wakes but itself.
+            assert_eq!(parker.park(None, None).unwrap(), Unparked::ForWork);
+        }
+        parker.begin();
+        seat.uses_left.store(USES, Ordering::Relaxed);
+        seat.is_cut.store(true, Ordering::SeqCst);
+        assert_eq!(poll(), Poll::Pending);
+    }
+}
