@@ -29,6 +29,10 @@ const TURN_ALONE: Duration = Duration::from_millis(1);
 /// How long one who works alone waits before it asks again: less than a reply takes to become a request. Giving the core away takes as long, and
 /// more if the client is there, since it had better stay on its own.
 const BREATH: Duration = Duration::from_micros(1);
+/// Nobody asks sooner for each so many requests that came at a time: it takes a client longer to make as many anew.
+const BREATHS: usize = 8;
+/// The longest breath, in [`BREATH`]s.
+const LONGEST_BREATH: usize = 8;
 /// So many others' turns for each chair, between two of a connection's own, make a crowd.
 const CROWD: usize = 8;
 
@@ -185,8 +189,12 @@ impl Linger {
         };
     }
 
-    /// Asks `receive` until something comes or it has been long enough.
-    pub(super) fn wait(&mut self, mut receive: impl FnMut() -> Option<usize>) -> Lingered {
+    /// Asks `receive` until something comes or it has been long enough. `batch` requests came at a time.
+    pub(super) fn wait(
+        &mut self,
+        batch: usize,
+        mut receive: impl FnMut() -> Option<usize>,
+    ) -> Lingered {
         if self.is_crowded {
             return Lingered::Nothing;
         }
@@ -208,6 +216,7 @@ impl Linger {
             self.turn = None;
             return Lingered::Enough;
         }
+        let breath = BREATH * (batch / BREATHS).clamp(1, LONGEST_BREATH) as u32;
         let came = loop {
             let came = receive();
             let asked = Instant::now();
@@ -215,7 +224,7 @@ impl Linger {
                 break came;
             }
             if is_alone {
-                while asked.elapsed() < BREATH {
+                while asked.elapsed() < breath {
                     hint::spin_loop();
                 }
             } else {
@@ -266,7 +275,7 @@ mod tests {
         let mut taken = 0;
         for _ in 0..chances {
             let mut asked = false;
-            let lingered = linger.wait(|| {
+            let lingered = linger.wait(1, || {
                 asked = true;
                 None
             });
@@ -289,7 +298,7 @@ mod tests {
         let mut linger = Linger::new(chairs(PATIENCE));
         taken(&mut linger, 3);
         let mut chances = 0;
-        while linger.wait(|| Some(28)) != Lingered::Came(28) {
+        while linger.wait(1, || Some(28)) != Lingered::Came(28) {
             chances += 1;
         }
         assert_eq!(chances, 2);
@@ -301,7 +310,7 @@ mod tests {
     fn it_asks_until_something_comes() {
         let mut linger = Linger::new(chairs(LONG));
         let mut left = 3;
-        let lingered = linger.wait(|| {
+        let lingered = linger.wait(1, || {
             left -= 1;
             (left == 0).then_some(5)
         });
@@ -313,14 +322,14 @@ mod tests {
     fn no_more_linger_at_a_time_than_there_are_chairs() {
         let chairs = chairs(LONG);
         let mut inner = Linger::new(chairs.clone());
-        Linger::new(chairs).wait(|| {
+        Linger::new(chairs).wait(1, || {
             // Again and again: to ask for a chair in vain makes none.
             for _ in 0..3 {
-                assert_eq!(inner.wait(|| Some(1)), Lingered::Nothing);
+                assert_eq!(inner.wait(1, || Some(1)), Lingered::Nothing);
             }
             Some(1)
         });
-        assert_eq!(inner.wait(|| Some(1)), Lingered::Came(1));
+        assert_eq!(inner.wait(1, || Some(1)), Lingered::Came(1));
     }
 
     #[test]
@@ -335,7 +344,7 @@ mod tests {
                 linger.sleep();
             }
             all[0].wake();
-            let lingered = all[0].wait(|| Some(1));
+            let lingered = all[0].wait(1, || Some(1));
             all[0].sleep();
             lingered
         };
@@ -380,12 +389,12 @@ mod tests {
                 other.wake();
             }
             let start = Instant::now();
-            while linger.wait(|| Some(28)) != Lingered::Enough {
+            while linger.wait(1, || Some(28)) != Lingered::Enough {
                 assert!(start.elapsed() < Duration::from_secs(10));
             }
             let took = start.elapsed();
             // And the next one begins.
-            assert_eq!(linger.wait(|| Some(28)), Lingered::Came(28));
+            assert_eq!(linger.wait(1, || Some(28)), Lingered::Came(28));
             took
         };
         assert!(turn(true) >= TURN_ALONE);

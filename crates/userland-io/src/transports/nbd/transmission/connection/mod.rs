@@ -76,6 +76,8 @@ pub(super) struct Connection<'a, S, F, G> {
     /// What the pieces of a long write end at multiples of, if it may be in pieces.
     piece_unit: Option<u64>,
     linger: Linger,
+    /// Requests since it last lingered.
+    begun: usize,
     phase: Phase,
     state: State,
     result: io::Result<()>,
@@ -169,6 +171,7 @@ where
             writes_in_place: false,
             piece_unit: None,
             linger,
+            begun: 0,
             phase: Phase::Header,
             state: State::Serving,
             result: Ok(()),
@@ -351,6 +354,7 @@ where
                     if self.begin(cx, header).is_pending() {
                         break Wants::Nothing;
                     }
+                    self.begun += 1;
                     self.is_long_reads_turn = true;
                 }
             }

@@ -29,12 +29,13 @@ where
         if !waits_for_client || wants == Wants::Nothing {
             return false;
         }
+        let batch = std::mem::take(&mut self.begun);
         let (stream, input) = (&self.stream, &mut self.input);
         let lingered = match &mut self.phase {
             Phase::Payload { buffer, filled, .. } if wants == Wants::Payload => {
                 let lingered = self
                     .linger
-                    .wait(|| stream.receive_now(&mut buffer[*filled..]));
+                    .wait(batch, || stream.receive_now(&mut buffer[*filled..]));
                 if let Lingered::Came(came) = lingered {
                     *filled += came;
                 }
@@ -43,7 +44,7 @@ where
             _ => {
                 let most = most(self.was_direct);
                 let receive = || input.receive_with(most, |room| stream.receive_now(room));
-                let lingered = self.linger.wait(receive);
+                let lingered = self.linger.wait(batch, receive);
                 self.was_direct &= !matches!(lingered, Lingered::Came(_));
                 lingered
             }
