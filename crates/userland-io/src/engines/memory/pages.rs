@@ -43,7 +43,10 @@ impl Pages {
         match self {
             #[cfg(target_os = "linux")]
             Pages::Mapped(part) => part.fill(is_full),
-            Pages::Boxed(_) => {}
+            // The allocator chooses its pages by itself.
+            Pages::Boxed(_) => {
+                let _ = is_full;
+            }
         }
     }
 
