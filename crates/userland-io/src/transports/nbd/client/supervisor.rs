@@ -189,6 +189,12 @@ pub(super) async fn supervise(shared: Arc<Shared>, plan: Plan, first: Session) {
         if let Phase::Failed(_) = shared.phase() {
             break;
         }
+        if shared.is_giving_up()
+            && let Some(old) = session.take()
+        {
+            // What is on its way would act at any time, were its replies not waited for.
+            let _ = tokio::time::timeout(LAST_REPLIES, old.finish(&shared)).await;
+        }
         let Some(why) = shared.trouble() else {
             continue;
         };

@@ -25,6 +25,12 @@ impl Shared {
         }
     }
 
+    /// True if the client is about to end, and its connections are there: it should be told what became of all that is on its way.
+    pub(in super::super) fn is_giving_up(&self) -> bool {
+        let state = self.state();
+        self.others_write && state.renew.is_some() && matches!(state.phase, Phase::Up)
+    }
+
     /// Gives up waiting: what is queued fails, and so does what comes, until connections are back.
     pub(in super::super) fn overdue(&self, why: &str) {
         let mut state = self.state();
