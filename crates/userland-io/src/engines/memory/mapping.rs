@@ -48,7 +48,7 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `new` mapped exactly this, and whoever could point into it is gone: each `Part` keeps the mapping alive.
+        // SAFETY: `parts` mapped exactly this, and whoever could point into it is gone: each `Part` keeps the mapping alive.
         let unmapped = unsafe { mm::munmap(self.start.as_ptr(), self.len) };
         debug_assert!(unmapped.is_ok(), "{unmapped:?}");
     }

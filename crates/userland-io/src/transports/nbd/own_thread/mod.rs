@@ -6,9 +6,9 @@
 //!
 //! So a connection's future moves. It is polled by a task of the runtime until the connection says, at rest, that it has worked
 //! beside others for a while; then by a thread, within the runtime's context, until it is alone, in a crowd, or has
-//! nothing to do for a second. One that comes while there are others begins on a thread: a client that was woken by this
-//! thread and that is not brought to where its server is for seconds. Its socket goes along ([`stream`]); the thread sleeps on it in a [`Parker`]. There are only so many
-//! threads; who comes later stays where it is.
+//! nothing to do for a second. One that comes while there are others begins on a thread: a client that several threads have woken
+//! is brought to where its server runs only seconds later. Its socket goes along ([`stream`]); the thread sleeps on it in a [`Parker`].
+//! There are only so many threads; who comes later stays where it is.
 
 mod stream;
 
@@ -219,7 +219,7 @@ where
             return result;
         }
         is_moving = false;
-        let taken = Taken(&seat.threads);
+        let _taken = Taken(&seat.threads);
         let own = match OwnThread::start(seat.clone()) {
             Ok(own) => own,
             Err(error) => {
@@ -233,7 +233,6 @@ where
             Left::Goes(back) => serve = back,
             Left::Nothing => return Ok(()),
         }
-        drop(taken);
     }
 }
 
