@@ -252,6 +252,26 @@ fn one_that_works_alone_soon_has_none() {
 }
 
 #[test]
+fn the_first_of_several_has_one_as_soon_as_it_works() {
+    let _alone = alone();
+    let mut stand = Stand::new(Limits::default());
+    let mut first = stand.connect();
+    first.read(0).unwrap();
+    let _second = stand.connect();
+    until("the second one's thread", || threads() == 1);
+    until("given back, since it does nothing", || threads() == 0);
+    first.read(0).unwrap();
+    until("the first one's thread", || threads() == 1);
+    // Only once: it is alone.
+    until("given back", || threads() == 0);
+    for _ in 0..100 {
+        first.read(0).unwrap();
+    }
+    assert_eq!(threads(), 0);
+    stand.shutdown().unwrap();
+}
+
+#[test]
 fn a_server_that_ends_takes_back_all_threads_and_loses_nothing() {
     let _alone = alone();
     let mut stand = Stand::new(Limits::default());

@@ -6,8 +6,8 @@
 //!
 //! So a connection's future moves. It is polled by a task of the runtime until the connection says, at rest, that it has worked
 //! beside others for a while; then by a thread, within the runtime's context, until it is alone, in a crowd, or has
-//! nothing to do for a second. One that comes while there are others begins on a thread: a client that several threads have woken
-//! is brought to where its server runs only seconds later. Its socket goes along ([`stream`]); the thread sleeps on it in a [`Parker`].
+//! nothing to do for a second. One that comes while there are others begins on a thread, and the first of several
+//! goes to one as soon as it works: a client that several threads have woken is brought to where its server runs only seconds later. Its socket goes along ([`stream`]); the thread sleeps on it in a [`Parker`].
 //! There are only so many threads; who comes later stays where it is.
 
 mod stream;
@@ -30,6 +30,8 @@ use super::parker::{Parker, Unparked};
 use super::socket::{Company, Stream};
 pub(super) use stream::Movable;
 
+/// A connection that has rested less often, and never had a thread, is young.
+const YOUNG: u8 = 16;
 /// So many threads for each core. Where more connections work at once, they are many, and none of them is on a thread: those that are
 /// would keep the others waiting.
 const THREADS: usize = 32;
@@ -84,6 +86,11 @@ impl Threads {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// True if there are other connections.
+    fn are_several(&self) -> bool {
+        self.0.connections.load(Ordering::Relaxed) > 1
+    }
+
     /// Counts a connection for as long as the answer is kept. True if it is not the only one.
     fn join(&self) -> (Joined<'_>, bool) {
         let before = self.0.connections.fetch_add(1, Ordering::Relaxed);
@@ -116,6 +123,8 @@ struct Seat {
     uses_left: AtomicU8,
     /// The thread has slept since the stream last asked.
     has_slept: AtomicBool,
+    /// How often the connection may yet rest before it is young no more.
+    youth: AtomicU8,
     /// The system has refused a thread.
     is_refused: AtomicBool,
     /// The thread must end, wherever the connection stands.
@@ -156,11 +165,21 @@ impl Seat {
             (true, _) if is_idle => Some(Company::NoneOrMany),
             (true, Company::NoneOrMany) => Some(company),
             (false, Company::Few) => self.take_thread().then_some(company),
+            (false, _) if self.is_young() && self.threads.are_several() => {
+                self.take_thread().then_some(Company::Unsure)
+            }
             _ => None,
         };
         let is_moving = better.is_some();
         self.wants_to_move.store(is_moving, Ordering::Relaxed);
         better
+    }
+
+    /// True for the first [`YOUNG`] times, if there was no thread yet.
+    fn is_young(&self) -> bool {
+        let left = self.youth.load(Ordering::Relaxed);
+        self.youth.store(left.saturating_sub(1), Ordering::Relaxed);
+        left > 0
     }
 
     fn take_thread(&self) -> bool {
@@ -197,6 +216,7 @@ where
 {
     let seat = Arc::new(Seat {
         threads,
+        youth: AtomicU8::new(YOUNG),
         ..Seat::default()
     });
     let stream = match stream {
@@ -275,6 +295,8 @@ impl OwnThread {
             }
         })?;
         *seat.parker() = Some(parker.clone());
+        // Or it would come again as soon as it had left for being alone.
+        seat.youth.store(0, Ordering::Relaxed);
         Ok(OwnThread {
             seat,
             parker,
