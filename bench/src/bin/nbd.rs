@@ -16,6 +16,9 @@ use bench::nbd::tools;
 use bench::{machine, page, syscalls};
 use clap::{Parser, ValueEnum};
 
+/// For how long at least many connections work: each has its turn but some times in a tenth of a second.
+const CROWDED: Duration = Duration::from_secs(2);
+
 /// Compare NBD servers: ours, those that are installed, and the limit of what a server can do
 #[derive(Parser)]
 struct Arguments {
@@ -221,7 +224,7 @@ impl Run<'_> {
             }
         }
         if self.wants(Part::Crowd) {
-            let time = self.effort.time.max(Duration::from_millis(500));
+            let time = self.effort.time.max(CROWDED);
             for kind in self.kinds(Disk::Memory) {
                 match crowd::measure(kind, memory, time) {
                     Ok(crowd) => report.crowds.push(crowd),
