@@ -39,8 +39,11 @@ const LONGEST_BREATH: usize = 8;
 /// So many others' turns for each chair, between two of a connection's own, make a crowd.
 const CROWD: usize = 8;
 
-/// More turns of others than that, for each chair, and the connections are too many for a thread each.
+/// If more connections than that work, for each chair, they are too many for a thread each.
 const THRONG: usize = 32;
+/// How many connections work is counted over so many turns of theirs: a thread and its client may have some hundred turns before the kernel
+/// lets another pair have its own.
+const ERA: usize = 1 << 14;
 /// How many turns in a row without others tell that none work: those of a client that shares its core with theirs may come one after the other for some milliseconds.
 const SURE: u16 = 1024;
 /// What a turn beside others weighs, which is seen much sooner.
@@ -57,10 +60,12 @@ struct Shared {
     free: AtomicUsize,
     /// How many turns of others are a crowd.
     crowd: usize,
-    /// How many are a throng.
+    /// More connections than that are a throng.
     throng: usize,
     /// How often a connection has been woken.
     turns: AtomicUsize,
+    /// How many connections have been in this era and in the last one, by turns in either place. Whoever begins an era may lose some.
+    seen: [AtomicUsize; 2],
     /// For how long one asks: [`PATIENCE`] or [`PATIENCE_ALONE`].
     patience: [Duration; 2],
     /// For how long a task goes on: [`TURN`] or [`TURN_ALONE`].
@@ -83,10 +88,32 @@ impl Chairs {
             crowd: chairs * CROWD,
             throng: chairs * THRONG,
             turns: AtomicUsize::new(0),
+            seen: Default::default(),
             patience: [PATIENCE, PATIENCE_ALONE],
             turn: [TURN, TURN_ALONE],
             has_cores: chairs > 1,
         }))
+    }
+
+    /// Counts a turn of a connection whose last one was in `era`. Answers how many there were before.
+    fn turn(&self, era: &mut usize) -> usize {
+        let turns = self.0.turns.fetch_add(1, Ordering::Relaxed);
+        let now = turns / ERA;
+        let seen = &self.0.seen[now % 2];
+        if turns.is_multiple_of(ERA) {
+            seen.store(0, Ordering::Relaxed);
+        }
+        if *era != now {
+            *era = now;
+            seen.fetch_add(1, Ordering::Relaxed);
+        }
+        turns
+    }
+
+    /// True if too many connections work for a thread each.
+    fn is_throng(&self) -> bool {
+        let mut seen = self.0.seen.iter();
+        seen.any(|seen| seen.load(Ordering::Relaxed) > self.0.throng)
     }
 
     fn sit(&self) -> Option<Seated<'_>> {
@@ -126,6 +153,8 @@ pub(super) struct Linger {
     /// The same when it was woken.
     woken_at: usize,
     is_crowded: bool,
+    /// When this connection was last counted.
+    era: usize,
     /// Goes up with each turn beside a few others, to [`SURE`], and down with each alone or in a throng.
     beside: u16,
 }
@@ -152,18 +181,19 @@ impl Linger {
             slept_at: 0,
             woken_at: 0,
             is_crowded: false,
+            era: usize::MAX,
             beside: 0,
         }
     }
 
     /// Notes that the connection has been woken.
     pub(super) fn wake(&mut self) {
-        let turns = self.chairs.0.turns.fetch_add(1, Ordering::Relaxed);
+        let turns = self.chairs.turn(&mut self.era);
         let others = turns.wrapping_sub(self.slept_at);
         self.is_crowded = others > self.chairs.0.crowd;
         self.beside = match others {
             0 => self.beside.saturating_sub(1),
-            _ if others > self.chairs.0.throng => self.beside.saturating_sub(THRONGED),
+            _ if self.chairs.is_throng() => self.beside.saturating_sub(THRONGED),
             _ => (self.beside + BESIDE).min(SURE),
         };
         self.woken_at = turns.wrapping_add(1);
@@ -398,11 +428,32 @@ mod tests {
         linger.believe(Company::Few);
         let turns = (1..).find(|_| turn(&mut linger, 0) == Company::NoneOrMany);
         assert_eq!(turns, Some(1024));
-        // As many turns of others as there may be threads, and one more.
-        linger.believe(Company::Few);
-        assert_eq!(turn(&mut linger, THRONG), Company::Few);
-        let turns = (1..).find(|_| turn(&mut linger, THRONG + 1) == Company::NoneOrMany);
-        assert_eq!(turns, Some(16));
+    }
+
+    #[test]
+    fn a_throng_is_told_by_who_works_and_not_by_how_often() {
+        let chairs = chairs(LONG);
+        let mut all: Vec<_> = (0..=THRONG).map(|_| Linger::new(chairs.clone())).collect();
+        // Everybody has many turns with one other's in between before the next ones have theirs.
+        let eras = |all: &mut [Linger]| {
+            let count = all.len();
+            let start = chairs.0.turns.load(Ordering::Relaxed) / ERA;
+            for first in (0..count).cycle() {
+                for _ in 0..100 {
+                    for linger in [first, (first + 1) % count] {
+                        all[linger].wake();
+                        all[linger].sleep();
+                    }
+                }
+                if chairs.0.turns.load(Ordering::Relaxed) / ERA > start + 1 {
+                    break;
+                }
+            }
+            all.iter().map(Linger::company).collect::<Vec<_>>()
+        };
+        assert_eq!(eras(&mut all), [Company::NoneOrMany; THRONG + 1]);
+        assert_eq!(eras(&mut all[1..]), [Company::Few; THRONG]);
+        assert_eq!(eras(&mut all[..2]), [Company::Few; 2]);
     }
 
     #[test]
