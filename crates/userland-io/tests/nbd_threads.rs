@@ -257,6 +257,8 @@ fn the_first_of_several_has_one_as_soon_as_it_works() {
     let mut stand = Stand::new(Limits::default());
     let mut first = stand.connect();
     first.read(0).unwrap();
+    // It rests before there is another one.
+    thread::sleep(Duration::from_millis(500));
     let _second = stand.connect();
     until("the second one's thread", || threads() == 1);
     until("given back, since it does nothing", || threads() == 0);

@@ -60,7 +60,7 @@ pub enum Company {
     Few,
     /// Now this, now that.
     Unsure,
-    /// Nobody worked for a while, or so many that this one seldom had its turn.
+    /// Nobody worked for a while, or too many for a thread each.
     NoneOrMany,
 }
 

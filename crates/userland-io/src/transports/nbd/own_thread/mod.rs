@@ -5,10 +5,10 @@
 //! socket alone: the kernel wakes it where its client runs, and what one has written is in the other's cache.
 //!
 //! So a connection's future moves. It is polled by a task of the runtime until the connection says, at rest, that it has worked
-//! beside others for a while; then by a thread, within the runtime's context, until it is alone, in a crowd, or has
-//! nothing to do for a second. One that comes while there are others begins on a thread, and the first of several
-//! goes to one as soon as it works: a client that several threads have woken is brought to where its server runs only seconds later. Its socket goes along ([`stream`]); the thread sleeps on it in a [`Parker`].
-//! There are only so many threads; who comes later stays where it is.
+//! beside others for a while; then by a thread, within the runtime's context, until it is alone, in a throng, or has
+//! nothing to do for a second. One that comes while there are others begins on a thread, and the first of several goes to one as soon as
+//! it works: a client that several threads have woken is brought to where its server runs only seconds later. Its socket goes along
+//! ([`stream`]); the thread sleeps on it in a [`Parker`]. There are only so many threads; who gets none then stays where it is.
 
 mod stream;
 
@@ -161,11 +161,13 @@ impl Seat {
     /// The connection has nothing to do. Asks to be moved if it had better be elsewhere, and answers what company that is for.
     fn rest(&self, company: Company) -> Option<Company> {
         let is_idle = self.is_idle.load(Ordering::Relaxed);
+        let is_young = self.grow_older();
         let better = match (self.is_on_thread(), company) {
             (true, _) if is_idle => Some(Company::NoneOrMany),
             (true, Company::NoneOrMany) => Some(company),
             (false, Company::Few) => self.take_thread().then_some(company),
-            (false, _) if self.is_young() && self.threads.are_several() => {
+            (false, _) if is_young && self.threads.are_several() => {
+                self.youth.store(0, Ordering::Relaxed);
                 self.take_thread().then_some(Company::Unsure)
             }
             _ => None,
@@ -175,8 +177,8 @@ impl Seat {
         better
     }
 
-    /// True for the first [`YOUNG`] times, if there was no thread yet.
-    fn is_young(&self) -> bool {
+    /// Notes that the connection rests. True if it is young.
+    fn grow_older(&self) -> bool {
         let left = self.youth.load(Ordering::Relaxed);
         self.youth.store(left.saturating_sub(1), Ordering::Relaxed);
         left > 0
@@ -227,6 +229,10 @@ where
     let mut serve: Serve = Box::pin(serve(stream));
     let (_joined, is_beside_others) = seat.threads.join();
     let mut is_moving = is_beside_others && seat.take_thread();
+    if is_beside_others {
+        // Whoever gets none now stays where it is.
+        seat.youth.store(0, Ordering::Relaxed);
+    }
     loop {
         let ended = poll_fn(|cx| match is_moving {
             true => Poll::Ready(None),
@@ -379,6 +385,39 @@ mod tests {
     use tokio::net::UnixStream;
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_connection_is_young_but_once() {
+        let young = |free: usize| {
+            let counts = Counts {
+                free: AtomicUsize::new(free),
+                connections: AtomicUsize::new(2),
+                parkers: Mutex::default(),
+            };
+            Arc::new(Seat {
+                threads: Threads(Arc::new(counts)),
+                youth: AtomicU8::new(YOUNG),
+                ..Seat::default()
+            })
+        };
+        let rest = |seat: &Seat| seat.rest(Company::NoneOrMany);
+        let goes = young(9);
+        assert_eq!(rest(&goes), Some(Company::Unsure));
+        assert_eq!(rest(&goes), None);
+        // Whoever gets no thread then has none when others leave.
+        let late = young(0);
+        assert_eq!(rest(&late), None);
+        late.threads.give();
+        assert_eq!(rest(&late), None);
+        let had_one = young(9);
+        drop(OwnThread::start(had_one.clone()).unwrap());
+        assert_eq!(rest(&had_one), None);
+        let grown = young(9);
+        grown.threads.0.connections.store(1, Ordering::Relaxed);
+        (0..YOUNG).for_each(|_| assert_eq!(rest(&grown), None));
+        grown.threads.0.connections.store(2, Ordering::Relaxed);
+        assert_eq!(rest(&grown), None);
+    }
 
     #[tokio::test]
     async fn a_poll_uses_its_socket_so_often_and_asks_for_another_one() {

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use super::super::socket::Company;
 
-/// For how long. A client on the same machine answers within it, as a rule, even if it must be woken on
-/// another core of a virtual machine first; 10 us are too short for that, and 40 bring nothing more.
+/// For how long, beside others or for many requests at a time. 10 us are too short for a client that must be woken on another
+/// core of a virtual machine first, and 40 bring nothing more.
 const PATIENCE: Duration = Duration::from_micros(25);
-/// The same for one who works alone and gets requests one at a time: server and client sleep in turn then, and each sleep is in the way of
-/// each request. 40 us do as well, 70 cost more than they bring.
+/// The same for one who works alone and gets requests one at a time: server and client sleep in turn then,
+/// and each sleep is in the way of each request. 40 us do as well, 70 cost more than they bring.
 const PATIENCE_ALONE: Duration = Duration::from_micros(50);
 /// So many misses in a row are bad luck.
 const MISSES: u32 = 3;
@@ -39,11 +39,13 @@ const LONGEST_BREATH: usize = 8;
 /// So many others' turns for each chair, between two of a connection's own, make a crowd.
 const CROWD: usize = 8;
 
-/// If more connections than that work, for each chair, they are too many for a thread each.
+/// If more connections than that work, for each core, they are too many for a thread each.
 const THRONG: usize = 32;
-/// How many connections work is counted over so many turns of theirs: a thread and its client may have some hundred turns before the kernel
-/// lets another pair have its own.
+/// Who works is counted over so many turns, for each core: a thread and its client may have some hundred
+/// before the kernel lets another pair have its own.
 const ERA: usize = 1 << 14;
+/// Who has had so many of them works, and not just now and then.
+const WORKS: u8 = 16;
 /// How many turns in a row without others tell that none work: those of a client that shares its core with theirs may come one after the other for some milliseconds.
 const SURE: u16 = 1024;
 /// What a turn beside others weighs, which is seen much sooner.
@@ -64,8 +66,13 @@ struct Shared {
     throng: usize,
     /// How often a connection has been woken.
     turns: AtomicUsize,
-    /// How many connections have been in this era and in the last one, by turns in either place. Whoever begins an era may lose some.
-    seen: [AtomicUsize; 2],
+    /// How many there are.
+    connections: AtomicUsize,
+    /// How many have worked in this era and in the one before, by turns in either place. Whoever begins an
+    /// era may lose some.
+    at_work: [AtomicUsize; 2],
+    /// How many turns are an era.
+    era: usize,
     /// For how long one asks: [`PATIENCE`] or [`PATIENCE_ALONE`].
     patience: [Duration; 2],
     /// For how long a task goes on: [`TURN`] or [`TURN_ALONE`].
@@ -88,32 +95,20 @@ impl Chairs {
             crowd: chairs * CROWD,
             throng: chairs * THRONG,
             turns: AtomicUsize::new(0),
-            seen: Default::default(),
+            connections: AtomicUsize::new(0),
+            at_work: Default::default(),
+            era: chairs * ERA,
             patience: [PATIENCE, PATIENCE_ALONE],
             turn: [TURN, TURN_ALONE],
             has_cores: chairs > 1,
         }))
     }
 
-    /// Counts a turn of a connection whose last one was in `era`. Answers how many there were before.
-    fn turn(&self, era: &mut usize) -> usize {
-        let turns = self.0.turns.fetch_add(1, Ordering::Relaxed);
-        let now = turns / ERA;
-        let seen = &self.0.seen[now % 2];
-        if turns.is_multiple_of(ERA) {
-            seen.store(0, Ordering::Relaxed);
-        }
-        if *era != now {
-            *era = now;
-            seen.fetch_add(1, Ordering::Relaxed);
-        }
-        turns
-    }
-
     /// True if too many connections work for a thread each.
     fn is_throng(&self) -> bool {
-        let mut seen = self.0.seen.iter();
-        seen.any(|seen| seen.load(Ordering::Relaxed) > self.0.throng)
+        let is_throng = |count: &AtomicUsize| count.load(Ordering::Relaxed) > self.0.throng;
+        // What the last throng was counts for nothing once it has gone.
+        is_throng(&self.0.connections) && self.0.at_work.iter().any(is_throng)
     }
 
     fn sit(&self) -> Option<Seated<'_>> {
@@ -153,10 +148,18 @@ pub(super) struct Linger {
     /// The same when it was woken.
     woken_at: usize,
     is_crowded: bool,
-    /// When this connection was last counted.
+    is_in_throng: bool,
+    /// The era of the last turn, and how many there were in it, up to [`WORKS`].
     era: usize,
+    turns_in_era: u8,
     /// Goes up with each turn beside a few others, to [`SURE`], and down with each alone or in a throng.
     beside: u16,
+}
+
+impl Drop for Linger {
+    fn drop(&mut self) {
+        self.chairs.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What came of a chance to linger.
@@ -172,6 +175,7 @@ pub(super) enum Lingered {
 
 impl Linger {
     pub(super) fn new(chairs: Chairs) -> Self {
+        chairs.0.connections.fetch_add(1, Ordering::Relaxed);
         Linger {
             chairs,
             misses: 0,
@@ -181,22 +185,46 @@ impl Linger {
             slept_at: 0,
             woken_at: 0,
             is_crowded: false,
+            is_in_throng: false,
             era: usize::MAX,
+            turns_in_era: 0,
             beside: 0,
         }
     }
 
     /// Notes that the connection has been woken.
     pub(super) fn wake(&mut self) {
-        let turns = self.chairs.turn(&mut self.era);
+        let turns = self.count_turn();
+        self.is_in_throng = self.chairs.is_throng();
         let others = turns.wrapping_sub(self.slept_at);
         self.is_crowded = others > self.chairs.0.crowd;
         self.beside = match others {
             0 => self.beside.saturating_sub(1),
-            _ if self.chairs.is_throng() => self.beside.saturating_sub(THRONGED),
+            _ if self.is_in_throng => self.beside.saturating_sub(THRONGED),
             _ => (self.beside + BESIDE).min(SURE),
         };
         self.woken_at = turns.wrapping_add(1);
+    }
+
+    /// Counts a turn. Answers how many all connections have had before.
+    fn count_turn(&mut self) -> usize {
+        let shared = &*self.chairs.0;
+        let turns = shared.turns.fetch_add(1, Ordering::Relaxed);
+        let era = turns / shared.era;
+        let at_work = &shared.at_work[era % 2];
+        if turns.is_multiple_of(shared.era) {
+            at_work.store(0, Ordering::Relaxed);
+        }
+        if self.era != era {
+            (self.era, self.turns_in_era) = (era, 0);
+        }
+        if self.turns_in_era < WORKS {
+            self.turns_in_era += 1;
+            if self.turns_in_era == WORKS {
+                at_work.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        turns
     }
 
     /// Notes that it goes to sleep.
@@ -222,6 +250,15 @@ impl Linger {
         };
     }
 
+    /// Nobody else works, so that it may keep a core.
+    fn is_alone(&self) -> bool {
+        let shared = &*self.chairs.0;
+        self.beside == 0
+            && !self.is_in_throng
+            && shared.has_cores
+            && shared.turns.load(Ordering::Relaxed) == self.woken_at
+    }
+
     /// Asks `receive` until something comes or it has been long enough. `batch` requests came at a time.
     pub(super) fn wait(
         &mut self,
@@ -241,9 +278,7 @@ impl Linger {
             return Lingered::Nothing;
         };
         let start = Instant::now();
-        let is_alone = self.beside == 0
-            && shared.has_cores
-            && shared.turns.load(Ordering::Relaxed) == self.woken_at;
+        let is_alone = self.is_alone();
         let turn = shared.turn[usize::from(is_alone)];
         if start.duration_since(*self.turn.get_or_insert(start)) >= turn {
             self.turn = None;
@@ -432,28 +467,49 @@ mod tests {
 
     #[test]
     fn a_throng_is_told_by_who_works_and_not_by_how_often() {
-        let chairs = chairs(LONG);
-        let mut all: Vec<_> = (0..=THRONG).map(|_| Linger::new(chairs.clone())).collect();
+        const MOST: usize = 2 * THRONG;
+        let chairs = Chairs::new(2);
+        let mut all: Vec<_> = (0..=MOST).map(|_| Linger::new(chairs.clone())).collect();
+        let turn = |linger: &mut Linger| {
+            linger.wake();
+            linger.sleep();
+        };
         // Everybody has many turns with one other's in between before the next ones have theirs.
-        let eras = |all: &mut [Linger]| {
-            let count = all.len();
-            let start = chairs.0.turns.load(Ordering::Relaxed) / ERA;
+        let eras = |all: &mut [Linger], count: usize| {
+            let start = chairs.0.turns.load(Ordering::Relaxed) / chairs.0.era;
             for first in (0..count).cycle() {
                 for _ in 0..100 {
-                    for linger in [first, (first + 1) % count] {
-                        all[linger].wake();
-                        all[linger].sleep();
-                    }
+                    turn(&mut all[first]);
+                    turn(&mut all[(first + 1) % count]);
                 }
-                if chairs.0.turns.load(Ordering::Relaxed) / ERA > start + 1 {
+                if chairs.0.turns.load(Ordering::Relaxed) / chairs.0.era > start + 1 {
                     break;
                 }
             }
-            all.iter().map(Linger::company).collect::<Vec<_>>()
+            let company = all[..count].iter().map(Linger::company);
+            company.collect::<Vec<_>>()
         };
-        assert_eq!(eras(&mut all), [Company::NoneOrMany; THRONG + 1]);
-        assert_eq!(eras(&mut all[1..]), [Company::Few; THRONG]);
-        assert_eq!(eras(&mut all[..2]), [Company::Few; 2]);
+        assert_eq!(eras(&mut all, MOST + 1), [Company::NoneOrMany; MOST + 1]);
+        // In it nobody is alone, however long the others have slept.
+        all[0].wake();
+        assert!(!all[0].is_alone());
+        assert_eq!(eras(&mut all, MOST), [Company::Few; MOST]);
+        let soon = |all: &mut [Linger]| {
+            for _ in 0..16 {
+                turn(&mut all[0]);
+                turn(&mut all[1]);
+            }
+            all[0].company()
+        };
+        // Those who have but little to do are no throng.
+        for linger in &mut all {
+            (1..WORKS).for_each(|_| turn(linger));
+        }
+        assert_eq!(soon(&mut all), Company::Few);
+        // Nor is one that has gone.
+        eras(&mut all, MOST + 1);
+        all.truncate(2);
+        assert_eq!(soon(&mut all), Company::Few);
     }
 
     #[test]
