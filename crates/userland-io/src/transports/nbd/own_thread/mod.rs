@@ -8,7 +8,7 @@
 //! beside others for a while; then by a thread, within the runtime's context, until it is alone, in a throng, or has
 //! nothing to do for a second. One that comes while there are others begins on a thread, and the first of several goes to one as soon as
 //! it works: a client that several threads have woken is brought to where its server runs only seconds later. Its socket goes along
-//! ([`stream`]); the thread sleeps on it in a [`Parker`]. There are only so many threads; who gets none then stays where it is.
+//! ([`stream`]); the thread sleeps on it in a [`Parker`]. There are only so many threads; who gets none then asks again when it has worked beside others.
 
 mod stream;
 
@@ -32,8 +32,8 @@ pub(super) use stream::Movable;
 
 /// A connection that has rested less often, and never had a thread, is young.
 const YOUNG: u8 = 16;
-/// So many threads for each core. Where more connections work at once, they are many, and none of them is on a thread: those that are
-/// would keep the others waiting.
+/// So many threads for each core. Where more connections work at once, they are a throng, and leave their threads: those that have
+/// one would keep the others waiting.
 const THREADS: usize = 32;
 /// How often a connection may use its socket before the thread looks at what else there is: as often as tokio lets a task.
 const USES: u8 = 128;
@@ -230,7 +230,7 @@ where
     let (_joined, is_beside_others) = seat.threads.join();
     let mut is_moving = is_beside_others && seat.take_thread();
     if is_beside_others {
-        // Whoever gets none now stays where it is.
+        // Whoever gets none now has no claim to the next that is free.
         seat.youth.store(0, Ordering::Relaxed);
     }
     loop {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::super::socket::Company;
 
-/// For how long, beside others or for many requests at a time. 10 us are too short for a client that must be woken on another
+/// For how long, beside others or for several requests at a time. 10 us are too short for a client that must be woken on another
 /// core of a virtual machine first, and 40 bring nothing more.
 const PATIENCE: Duration = Duration::from_micros(25);
 /// The same for one who works alone and gets requests one at a time: server and client sleep in turn then,
@@ -44,8 +44,8 @@ const THRONG: usize = 32;
 /// Who works is counted over so many turns, for each core: a thread and its client may have some hundred
 /// before the kernel lets another pair have its own.
 const ERA: usize = 1 << 14;
-/// Who has had so many of them works, and not just now and then.
-const WORKS: u8 = 16;
+/// Who has had so many of them works: by its share of turns, not by the clock. Thousands that work alike have as many each.
+const WORKS: u8 = 4;
 /// How many turns in a row without others tell that none work: those of a client that shares its core with theirs may come one after the other for some milliseconds.
 const SURE: u16 = 1024;
 /// What a turn beside others weighs, which is seen much sooner.
@@ -107,7 +107,7 @@ impl Chairs {
     /// True if too many connections work for a thread each.
     fn is_throng(&self) -> bool {
         let is_throng = |count: &AtomicUsize| count.load(Ordering::Relaxed) > self.0.throng;
-        // What the last throng was counts for nothing once it has gone.
+        // What the last throng was counts for nothing once its connections have closed.
         is_throng(&self.0.connections) && self.0.at_work.iter().any(is_throng)
     }
 
