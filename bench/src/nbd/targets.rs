@@ -212,8 +212,8 @@ impl<'a> Targets<'a> {
         );
         let late = "ulio memory, 5 ms late";
         let of = |work: &str| {
-            let row = rows.iter().find(|(_, row)| row.work.ends_with(work));
-            row.and_then(|(_, row)| Some(row.cells.get(late)?.median(rate)))
+            let mut rows = rows.iter().filter(|(_, row)| row.work.ends_with(work));
+            rows.find_map(|(_, row)| Some(row.cells.get(late)?.median(rate)))
         };
         if let (Some(one), Some(many)) = (of("read, depth 1"), of("read, depth 64")) {
             let measured = vec![(many / one / 64.0, "read".into())];
