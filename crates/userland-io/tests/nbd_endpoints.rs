@@ -310,7 +310,10 @@ fn log() -> (Arc<Mutex<Vec<u8>>>, tracing::subscriber::DefaultGuard) {
     let subscriber = tracing_subscriber::fmt()
         .with_writer(move || log.clone())
         .with_ansi(false);
-    (bytes, tracing::subscriber::set_default(subscriber.finish()))
+    let guard = tracing::subscriber::set_default(subscriber.finish());
+    // Or what another thread, which has no subscriber, came by first stays silent at times.
+    tracing::callsite::rebuild_interest_cache();
+    (bytes, guard)
 }
 
 #[tokio::test]
