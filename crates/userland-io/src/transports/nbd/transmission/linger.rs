@@ -1,7 +1,7 @@
 //! Staying awake for some microseconds after the last reply, because the next request is often that near.
 //!
 //! To sleep and be woken takes longer than most requests. So a connection with nothing to do first
-//! asks its socket again and again, giving its core away in between if others work, too. That costs processor time if
+//! asks its socket again and again, giving its core away in between if others work, too ([`Others`] tell). That costs processor time if
 //! nothing comes: after some misses in a row it sleeps at once for a while, and for longer each time,
 //! until lingering pays again. No more connections linger at a time than there are cores, and none
 //! while so many work that whoever lingers keeps others waiting.
@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::super::socket::Company;
+use super::company::{Everyone, Others};
 
 /// For how long, beside others or for several requests at a time. 10 us are too short for a client that must be woken on another
 /// core of a virtual machine first, and 40 bring nothing more.
@@ -37,22 +38,6 @@ const BREATH: Duration = Duration::from_micros(1);
 const BREATHS: usize = 8;
 /// The longest breath, in [`BREATH`]s.
 const LONGEST_BREATH: usize = 8;
-/// So many others' turns for each chair, between two of a connection's own, make a crowd.
-const CROWD: usize = 8;
-
-/// If more connections than that work, for each core, they are too many for a thread each.
-const THRONG: usize = 32;
-/// Who works is counted over so many turns, for each core: a thread and its client may have some hundred
-/// before the kernel lets another pair have its own.
-const ERA: usize = 1 << 14;
-/// Who has had so many of them works: by its share of turns, not by the clock. Thousands that work alike have as many each.
-const WORKS: u8 = 4;
-/// How many turns in a row without others tell that none work: those of a client that shares its core with theirs may come one after the other for some milliseconds.
-const SURE: u16 = 1024;
-/// What a turn beside others weighs, which is seen much sooner.
-const BESIDE: u16 = 32;
-/// What a turn in a throng weighs.
-const THRONGED: u16 = 64;
 
 /// Who may linger at a time: the connections of one server share it.
 #[derive(Clone, Debug)]
@@ -61,19 +46,7 @@ pub struct Chairs(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     free: AtomicUsize,
-    /// How many turns of others are a crowd.
-    crowd: usize,
-    /// More connections than that are a throng.
-    throng: usize,
-    /// How often a connection has been woken.
-    turns: AtomicUsize,
-    /// How many there are.
-    connections: AtomicUsize,
-    /// How many have worked in this era and in the one before, by turns in either place. Whoever begins an
-    /// era may lose some.
-    at_work: [AtomicUsize; 2],
-    /// How many turns are an era.
-    era: usize,
+    everyone: Everyone,
     /// For how long one asks: [`PATIENCE`] or [`PATIENCE_ALONE`].
     patience: [Duration; 2],
     /// For how long a task goes on: [`TURN`] or [`TURN_ALONE`].
@@ -93,23 +66,11 @@ impl Chairs {
     fn new(chairs: usize) -> Self {
         Chairs(Arc::new(Shared {
             free: AtomicUsize::new(chairs),
-            crowd: chairs * CROWD,
-            throng: chairs * THRONG,
-            turns: AtomicUsize::new(0),
-            connections: AtomicUsize::new(0),
-            at_work: Default::default(),
-            era: chairs * ERA,
+            everyone: Everyone::new(chairs),
             patience: [PATIENCE, PATIENCE_ALONE],
             turn: [TURN, TURN_ALONE],
             has_cores: chairs > 1,
         }))
-    }
-
-    /// True if too many connections work for a thread each.
-    fn is_throng(&self) -> bool {
-        let is_throng = |count: &AtomicUsize| count.load(Ordering::Relaxed) > self.0.throng;
-        // What the last throng was counts for nothing once its connections have closed.
-        is_throng(&self.0.connections) && self.0.at_work.iter().any(is_throng)
     }
 
     fn sit(&self) -> Option<Seated<'_>> {
@@ -137,6 +98,7 @@ impl Drop for Seated<'_> {
 #[derive(Debug)]
 pub(super) struct Linger {
     chairs: Chairs,
+    others: Others,
     misses: u32,
     /// So many chances are let go by.
     pause: u32,
@@ -146,22 +108,11 @@ pub(super) struct Linger {
     began: Option<Instant>,
     /// When the task's turn began, if it has been prolonged.
     turn: Option<Instant>,
-    /// The count of turns when this connection went to sleep.
-    slept_at: usize,
-    /// The same when it was woken.
-    woken_at: usize,
-    is_crowded: bool,
-    is_in_throng: bool,
-    /// The era of the last turn, and how many there were in it, up to [`WORKS`].
-    era: usize,
-    turns_in_era: u8,
-    /// Goes up with each turn beside a few others, to [`SURE`], and down with each alone or in a throng.
-    beside: u16,
 }
 
 impl Drop for Linger {
     fn drop(&mut self) {
-        self.chairs.0.connections.fetch_sub(1, Ordering::Relaxed);
+        self.others.leave(&self.chairs.0.everyone);
     }
 }
 
@@ -178,90 +129,36 @@ pub(super) enum Lingered {
 
 impl Linger {
     pub(super) fn new(chairs: Chairs) -> Self {
-        chairs.0.connections.fetch_add(1, Ordering::Relaxed);
         Linger {
+            others: Others::join(&chairs.0.everyone),
             chairs,
             misses: 0,
             pause: 0,
             last_pause: 0,
             began: None,
             turn: None,
-            slept_at: 0,
-            woken_at: 0,
-            is_crowded: false,
-            is_in_throng: false,
-            era: usize::MAX,
-            turns_in_era: 0,
-            beside: 0,
         }
     }
 
     /// Notes that the connection has been woken.
     pub(super) fn wake(&mut self) {
         self.began.get_or_insert_with(Instant::now);
-        let turns = self.count_turn();
-        self.is_in_throng = self.chairs.is_throng();
-        let others = turns.wrapping_sub(self.slept_at);
-        self.is_crowded = others > self.chairs.0.crowd;
-        self.beside = match others {
-            0 => self.beside.saturating_sub(1),
-            _ if self.is_in_throng => self.beside.saturating_sub(THRONGED),
-            _ => (self.beside + BESIDE).min(SURE),
-        };
-        self.woken_at = turns.wrapping_add(1);
-    }
-
-    /// Counts a turn. Answers how many all connections have had before.
-    fn count_turn(&mut self) -> usize {
-        let shared = &*self.chairs.0;
-        let turns = shared.turns.fetch_add(1, Ordering::Relaxed);
-        let era = turns / shared.era;
-        let at_work = &shared.at_work[era % 2];
-        if turns.is_multiple_of(shared.era) {
-            at_work.store(0, Ordering::Relaxed);
-        }
-        if self.era != era {
-            (self.era, self.turns_in_era) = (era, 0);
-        }
-        if self.turns_in_era < WORKS {
-            self.turns_in_era += 1;
-            if self.turns_in_era == WORKS {
-                at_work.fetch_add(1, Ordering::Relaxed);
-            }
-        }
-        turns
+        self.others.begin_turn(&self.chairs.0.everyone);
     }
 
     /// Notes that it goes to sleep.
     pub(super) fn sleep(&mut self) {
-        self.slept_at = self.chairs.0.turns.load(Ordering::Relaxed);
+        self.others.end_turn(&self.chairs.0.everyone);
     }
 
-    /// Who else has worked lately.
+    /// See [`Others::company`].
     pub(super) fn company(&self) -> Company {
-        match self.beside {
-            0 => Company::NoneOrMany,
-            at if at >= SURE / 2 => Company::Few,
-            _ => Company::Unsure,
-        }
+        self.others.company()
     }
 
-    /// Takes `company` for sure: a connection that has gone where that is best does not come back at once.
+    /// See [`Others::believe`].
     pub(super) fn believe(&mut self, company: Company) {
-        self.beside = match company {
-            Company::Few => SURE,
-            Company::Unsure => SURE / 4,
-            Company::NoneOrMany => 0,
-        };
-    }
-
-    /// Nobody else works, so that it may keep a core.
-    fn is_alone(&self) -> bool {
-        let shared = &*self.chairs.0;
-        self.beside == 0
-            && !self.is_in_throng
-            && shared.has_cores
-            && shared.turns.load(Ordering::Relaxed) == self.woken_at
+        self.others.believe(company);
     }
 
     /// Asks `receive` until something comes or it has been long enough. `batch` requests came at a time.
@@ -271,7 +168,7 @@ impl Linger {
         mut receive: impl FnMut() -> Option<usize>,
     ) -> Lingered {
         let began = self.began.take();
-        if self.is_crowded {
+        if self.others.are_crowd() {
             return Lingered::Nothing;
         }
         if self.pause > 0 {
@@ -284,7 +181,7 @@ impl Linger {
             return Lingered::Nothing;
         };
         let start = Instant::now();
-        let is_alone = self.is_alone();
+        let is_alone = shared.has_cores && self.others.are_idle(&shared.everyone);
         let turn = shared.turn[usize::from(is_alone)];
         if start.duration_since(*self.turn.get_or_insert(start)) >= turn {
             self.turn = None;
@@ -441,90 +338,34 @@ mod tests {
     #[test]
     fn nobody_lingers_in_a_crowd() {
         let chairs = chairs(LONG);
-        let mut all: Vec<_> = (0..CROWD + 2)
-            .map(|_| Linger::new(chairs.clone()))
-            .collect();
-        let mut round = |count: usize| {
-            for linger in &mut all[..count] {
-                linger.wake();
-                linger.sleep();
-            }
-            all[0].wake();
-            let lingered = all[0].wait(1, || Some(1));
-            all[0].sleep();
-            lingered
+        let (mut linger, mut others) = (Linger::new(chairs.clone()), Linger::new(chairs));
+        let mut after = |of_others: usize| {
+            linger.sleep();
+            (0..of_others).for_each(|_| others.wake());
+            linger.wake();
+            linger.wait(1, || Some(1))
         };
-        assert_eq!(round(CROWD + 1), Lingered::Came(1));
-        assert_eq!(round(CROWD + 2), Lingered::Nothing);
-        assert_eq!(round(2), Lingered::Came(1));
+        assert_eq!(after(1), Lingered::Came(1));
+        assert_eq!(after(100), Lingered::Nothing);
+        assert_eq!(after(1), Lingered::Came(1));
     }
 
     #[test]
-    fn company_is_seen_soon_and_its_end_after_a_while() {
+    fn one_that_has_ended_is_counted_no_more() {
         let chairs = chairs(LONG);
-        let mut linger = Linger::new(chairs.clone());
-        let mut others = Linger::new(chairs);
-        let mut turn = |linger: &mut Linger, of_others: usize| {
-            linger.sleep();
-            for _ in 0..of_others {
-                others.wake();
-            }
-            linger.wake();
-            linger.company()
-        };
-        assert_eq!(turn(&mut linger, 0), Company::NoneOrMany);
-        let turns = (1..).find(|_| turn(&mut linger, 1) == Company::Few);
-        assert_eq!(turns, Some(16));
-        linger.believe(Company::Few);
-        let turns = (1..).find(|_| turn(&mut linger, 0) == Company::NoneOrMany);
-        assert_eq!(turns, Some(1024));
-    }
-
-    #[test]
-    fn a_throng_is_told_by_who_works_and_not_by_how_often() {
-        const MOST: usize = 2 * THRONG;
-        let chairs = Chairs::new(2);
-        let mut all: Vec<_> = (0..=MOST).map(|_| Linger::new(chairs.clone())).collect();
-        let turn = |linger: &mut Linger| {
-            linger.wake();
-            linger.sleep();
-        };
-        // Everybody has many turns with one other's in between before the next ones have theirs.
-        let eras = |all: &mut [Linger], count: usize| {
-            let start = chairs.0.turns.load(Ordering::Relaxed) / chairs.0.era;
-            for first in (0..count).cycle() {
-                for _ in 0..100 {
-                    turn(&mut all[first]);
-                    turn(&mut all[(first + 1) % count]);
+        let mut all: Vec<_> = (0..100).map(|_| Linger::new(chairs.clone())).collect();
+        let mut company = |count: usize| {
+            all.truncate(count);
+            for _ in 0..100 {
+                for linger in &mut all {
+                    linger.wake();
+                    linger.sleep();
                 }
-                if chairs.0.turns.load(Ordering::Relaxed) / chairs.0.era > start + 1 {
-                    break;
-                }
-            }
-            let company = all[..count].iter().map(Linger::company);
-            company.collect::<Vec<_>>()
-        };
-        assert_eq!(eras(&mut all, MOST + 1), [Company::NoneOrMany; MOST + 1]);
-        // In it nobody is alone, however long the others have slept.
-        all[0].wake();
-        assert!(!all[0].is_alone());
-        assert_eq!(eras(&mut all, MOST), [Company::Few; MOST]);
-        let soon = |all: &mut [Linger]| {
-            for _ in 0..16 {
-                turn(&mut all[0]);
-                turn(&mut all[1]);
             }
             all[0].company()
         };
-        // Those who have but little to do are no throng.
-        for linger in &mut all {
-            (1..WORKS).for_each(|_| turn(linger));
-        }
-        assert_eq!(soon(&mut all), Company::Few);
-        // Nor is one that has gone.
-        eras(&mut all, MOST + 1);
-        all.truncate(2);
-        assert_eq!(soon(&mut all), Company::Few);
+        assert_eq!(company(100), Company::NoneOrMany);
+        assert_eq!(company(2), Company::Few);
     }
 
     #[test]

@@ -5,13 +5,15 @@
 //! once at once (`command`), but for reads and writes that the device does there and then (`nowait`); replies gather
 //! (`reply`, `output`) and go out together when the input is used up or enough of them wait. A short write stays where it was
 //! received; other bytes are in buffers of a `pool`, so that a request allocates nothing, and who rests lends what it works with
-//! to others (`kits`). With nothing to do it stays awake for the next request a little (`linger`) before it sleeps. `connection` is that loop.
+//! to others (`kits`). With nothing to do it stays awake for the next request a little (`linger`) before it sleeps, unless too many
+//! others work (`company`). `connection` is that loop.
 //!
 //! Requests finish in any order. What is in flight is bounded in number and in bytes
 //! (`budget`); beyond that, and while a slow reader leaves replies unsent, no request is taken.
 
 mod budget;
 mod command;
+mod company;
 mod connection;
 mod holes;
 mod input;
