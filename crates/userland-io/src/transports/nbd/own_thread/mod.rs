@@ -121,8 +121,6 @@ struct Seat {
     /// How often the socket may yet be used in this poll: a client that sends and takes without end must not keep the thread from what else
     /// there is to look at. (A task's runtime sees to that by itself.)
     uses_left: AtomicU8,
-    /// The thread has slept since the stream last asked.
-    has_slept: AtomicBool,
     /// How often the connection may yet rest before it is young no more.
     youth: AtomicU8,
     /// The system has refused a thread.
@@ -138,8 +136,9 @@ impl Seat {
         self.is_on_thread.load(Ordering::Acquire)
     }
 
-    fn has_slept(&self) -> bool {
-        self.has_slept.swap(false, Ordering::Relaxed)
+    /// True before the socket's first use in a poll. The thread has slept since the last one's.
+    fn is_unused(&self) -> bool {
+        self.uses_left.load(Ordering::Relaxed) == USES
     }
 
     /// Uses the socket once. False if the poll has lasted long enough: then it should end, and be repeated.
@@ -369,7 +368,6 @@ fn drive(mut serve: Serve, seat: &Seat, parker: &Parker) -> Left {
                 false
             }
         };
-        seat.has_slept.store(true, Ordering::Relaxed);
         seat.is_idle.store(is_idle, Ordering::Relaxed);
     };
     seat.is_on_thread.store(false, Ordering::Release);
@@ -381,7 +379,7 @@ mod tests {
     use std::io::Write;
     use std::pin::pin;
 
-    use tokio::io::{AsyncRead, ReadBuf};
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
     use tokio::net::UnixStream;
 
     use super::*;
@@ -453,5 +451,37 @@ mod tests {
         seat.uses_left.store(USES, Ordering::Relaxed);
         seat.is_cut.store(true, Ordering::SeqCst);
         assert_eq!(poll(), Poll::Pending);
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_drained_is_asked_again_only_after_a_sleep() {
+        let (mut there, here) = std::os::unix::net::UnixStream::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        let seat = Arc::new(Seat::default());
+        let parker = Arc::new(Parker::new().unwrap());
+        *seat.parker() = Some(parker.clone());
+        let mut stream = Movable::unix(UnixStream::from_std(here).unwrap(), seat.clone());
+        seat.is_on_thread.store(true, Ordering::Release);
+        let waker = parker.waker();
+        let mut cx = Context::from_waker(&waker);
+        there.write_all(&[7; 9]).unwrap();
+        for writes in [0, 1, 0, 1] {
+            seat.uses_left.store(USES, Ordering::Relaxed);
+            there.write_all(&[7]).unwrap();
+            for _ in 0..writes {
+                let polled = Pin::new(&mut stream).poll_write(&mut cx, &[8]);
+                assert!(matches!(polled, Poll::Ready(Ok(1))));
+            }
+            let mut room = [0; 100];
+            let mut to = ReadBuf::new(&mut room);
+            let polled = Pin::new(&mut stream).poll_read(&mut cx, &mut to);
+            assert!(matches!(polled, Poll::Ready(Ok(()))));
+            assert_eq!(to.filled(), [7; 10]);
+            // It does not look: that is left for the next poll.
+            there.write_all(&[7; 9]).unwrap();
+            let mut to = ReadBuf::new(&mut room);
+            let polled = Pin::new(&mut stream).poll_read(&mut cx, &mut to);
+            assert!(polled.is_pending());
+        }
     }
 }

@@ -64,6 +64,7 @@ impl Movable {
     fn follow(&mut self) -> io::Result<()> {
         match (&mut self.io, self.seat.is_on_thread()) {
             (Io::Own(_, parker, _), true) => {
+                self.is_drained &= !self.seat.is_unused();
                 // It may have gone from one thread to the next without a look at its socket.
                 match &*self.seat.parker() {
                     Some(now) if !Arc::ptr_eq(now, parker) => *parker = now.clone(),
@@ -153,7 +154,6 @@ impl AsyncRead for Movable {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.follow()?;
-        self.is_drained &= !self.seat.has_slept();
         let this = &mut *self;
         match &mut this.io {
             Io::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
