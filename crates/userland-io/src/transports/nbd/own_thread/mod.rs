@@ -166,8 +166,7 @@ impl Seat {
             (true, Company::NoneOrMany) => Some(company),
             (false, Company::Few) => self.take_thread().then_some(company),
             (false, _) if is_young && self.threads.are_several() => {
-                self.youth.store(0, Ordering::Relaxed);
-                self.take_thread().then_some(Company::Unsure)
+                self.take_thread_young().then_some(Company::Unsure)
             }
             _ => None,
         };
@@ -181,6 +180,12 @@ impl Seat {
         let left = self.youth.load(Ordering::Relaxed);
         self.youth.store(left.saturating_sub(1), Ordering::Relaxed);
         left > 0
+    }
+
+    /// Takes a thread for a young connection beside others, but once: one that gets none has no claim to the next that is free.
+    fn take_thread_young(&self) -> bool {
+        self.youth.store(0, Ordering::Relaxed);
+        self.take_thread()
     }
 
     fn take_thread(&self) -> bool {
@@ -227,11 +232,7 @@ where
     };
     let mut serve: Serve = Box::pin(serve(stream));
     let (_joined, is_beside_others) = seat.threads.join();
-    let mut is_moving = is_beside_others && seat.take_thread();
-    if is_beside_others {
-        // Whoever gets none now has no claim to the next that is free.
-        seat.youth.store(0, Ordering::Relaxed);
-    }
+    let mut is_moving = is_beside_others && seat.take_thread_young();
     loop {
         let ended = poll_fn(|cx| match is_moving {
             true => Poll::Ready(None),
@@ -407,6 +408,10 @@ mod tests {
         assert_eq!(rest(&late), None);
         late.threads.give();
         assert_eq!(rest(&late), None);
+        let newcomer = young(0);
+        assert!(!newcomer.take_thread_young());
+        newcomer.threads.give();
+        assert_eq!(rest(&newcomer), None);
         let had_one = young(9);
         drop(OwnThread::start(had_one.clone()).unwrap());
         assert_eq!(rest(&had_one), None);
