@@ -16,7 +16,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use super::super::parker::Parker;
 use super::super::socket::Company;
-use super::Seat;
+use super::seat::Seat;
 
 /// A connection's socket, wherever that is served.
 #[derive(Debug)]
@@ -231,6 +231,83 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use super::super::super::parker::Unparked;
+    use super::super::seat::USES;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_poll_uses_its_socket_so_often_and_asks_for_another_one() {
+        let (mut there, here) = std::os::unix::net::UnixStream::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        there.write_all(&[7; 1000]).unwrap();
+        let seat = Arc::new(Seat::default());
+        let parker = Arc::new(Parker::new().unwrap());
+        *seat.parker() = Some(parker.clone());
+        let stream = Movable::unix(UnixStream::from_std(here).unwrap(), seat.clone());
+        let mut stream = pin!(stream);
+        seat.set_on_thread(true);
+        let waker = parker.waker();
+        let mut poll = || {
+            let mut byte = [0];
+            let mut to = ReadBuf::new(&mut byte);
+            let polled = stream
+                .as_mut()
+                .poll_read(&mut Context::from_waker(&waker), &mut to);
+            polled.map(|read| read.map(|()| to.filled().to_vec()).unwrap())
+        };
+        for _ in 0..2 {
+            parker.begin();
+            seat.begin_poll();
+            for _ in 0..USES {
+                assert_eq!(poll(), Poll::Ready(vec![7]));
+            }
+            assert_eq!(poll(), Poll::Pending);
+            // Nobody wakes but itself.
+            assert_eq!(parker.park(None, None).unwrap(), Unparked::ForWork);
+        }
+        parker.begin();
+        seat.begin_poll();
+        seat.set_cut(true);
+        assert_eq!(poll(), Poll::Pending);
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_drained_is_asked_again_only_after_a_sleep() {
+        let (mut there, here) = std::os::unix::net::UnixStream::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        let seat = Arc::new(Seat::default());
+        let parker = Arc::new(Parker::new().unwrap());
+        *seat.parker() = Some(parker.clone());
+        let mut stream = Movable::unix(UnixStream::from_std(here).unwrap(), seat.clone());
+        seat.set_on_thread(true);
+        let waker = parker.waker();
+        let mut cx = Context::from_waker(&waker);
+        there.write_all(&[7; 9]).unwrap();
+        for writes in [0, 1, 0, 1] {
+            seat.begin_poll();
+            there.write_all(&[7]).unwrap();
+            for _ in 0..writes {
+                let polled = Pin::new(&mut stream).poll_write(&mut cx, &[8]);
+                assert!(matches!(polled, Poll::Ready(Ok(1))));
+            }
+            let mut room = [0; 100];
+            let mut to = ReadBuf::new(&mut room);
+            let polled = Pin::new(&mut stream).poll_read(&mut cx, &mut to);
+            assert!(matches!(polled, Poll::Ready(Ok(()))));
+            assert_eq!(to.filled(), [7; 10]);
+            // It does not look: that is left for the next poll.
+            there.write_all(&[7; 9]).unwrap();
+            let mut to = ReadBuf::new(&mut room);
+            let polled = Pin::new(&mut stream).poll_read(&mut cx, &mut to);
+            assert!(polled.is_pending());
         }
     }
 }
