@@ -7,7 +7,7 @@ use super::socket::Stream;
 
 /// None.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Threads;
+pub(super) struct Threads {}
 
 /// Runs what `serve` makes of `stream`.
 pub(super) async fn run<F>(
