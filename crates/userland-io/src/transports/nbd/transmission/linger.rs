@@ -299,12 +299,11 @@ mod tests {
     #[test]
     fn who_gets_one_request_at_a_time_and_is_alone_waits_longer() {
         let (short, long) = (Duration::from_millis(1), Duration::from_millis(100));
-        let mut chairs = Chairs::new(2);
-        let shared = Arc::get_mut(&mut chairs.0).unwrap();
-        (shared.patience, shared.turn) = ([short, long], [LONG, LONG]);
-        let waited = |batch: usize, others: usize, works: Duration| {
-            let (mut linger, mut other) =
-                (Linger::new(chairs.clone()), Linger::new(chairs.clone()));
+        let waited = |cores: usize, batch: usize, others: usize, works: Duration| {
+            let mut chairs = Chairs::new(cores);
+            let shared = Arc::get_mut(&mut chairs.0).unwrap();
+            (shared.patience, shared.turn) = ([short, long], [LONG, LONG]);
+            let (mut linger, mut other) = (Linger::new(chairs.clone()), Linger::new(chairs));
             linger.sleep();
             linger.wake();
             (0..others).for_each(|_| other.wake());
@@ -315,10 +314,12 @@ mod tests {
         };
         let none = Duration::ZERO;
         // However slow this machine is at times.
-        assert!((0..100).any(|_| waited(1, 0, none) >= long));
-        assert!((0..100).any(|_| waited(2, 0, none) < long));
-        assert!((0..100).any(|_| waited(1, 1, none) < long));
-        assert!((0..100).any(|_| waited(1, 0, long) < long));
+        assert!((0..100).any(|_| waited(2, 1, 0, none) >= long));
+        assert!((0..100).any(|_| waited(2, 2, 0, none) < long));
+        assert!((0..100).any(|_| waited(2, 1, 1, none) < long));
+        assert!((0..100).any(|_| waited(2, 1, 0, long) < long));
+        // Its client needs the only core.
+        assert!((0..100).any(|_| waited(1, 1, 0, none) < long));
     }
 
     #[test]
