@@ -39,6 +39,12 @@ trait DynEngine: Send + Sync + 'static {
         flags: WriteFlags,
     ) -> Boxed<'a, Result>;
     fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result>;
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result>;
     fn flush(&self) -> Boxed<'_, Result>;
     fn discard(&self, range: Range<u64>) -> Boxed<'_, Result>;
     fn write_zeroes(&self, range: Range<u64>, flags: WriteFlags) -> Boxed<'_, Result>;
@@ -75,6 +81,14 @@ impl<E: Engine> DynEngine for E {
     }
     fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
         Engine::write_nowait(self, buf, offset, flags)
+    }
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        Engine::lend_mut(self, range, flags, from)
     }
     fn flush(&self) -> Boxed<'_, Result> {
         Box::pin(Engine::flush(self))
@@ -126,6 +140,14 @@ impl Engine for AnyEngine {
     }
     fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
         self.0.write_nowait(buf, offset, flags)
+    }
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        self.0.lend_mut(range, flags, from)
     }
     async fn flush(&self) -> Result {
         self.0.flush().await

@@ -94,6 +94,23 @@ pub trait Engine: Send + Sync + 'static {
         None
     }
 
+    /// Does what [`write_nowait`](Self::write_nowait) does, with bytes that `from` puts where they are kept: it is called with the
+    /// memory of all of `range`, in order, in one piece or several. A transport that receives them there spares a copy. `from`
+    /// does not wait, so a lock may be held meanwhile, and should be where others would see a block half-way. Memory
+    /// comes with what the range holds, for `from` may leave the end of it as it is: then the sender has failed, and
+    /// nobody is told that this was written.
+    ///
+    /// If left out: never, and everybody writes. So does a layer that leaves it out: nothing passes its `write` by.
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        let _ = (range, flags, from);
+        None
+    }
+
     /// Makes every mutation that completed before this call durable.
     ///
     /// If left out: `Unsupported`, and a [`Device`](crate::Device) opens only if the engine claims that

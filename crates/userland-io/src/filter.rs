@@ -57,6 +57,18 @@ pub trait Filter: Send + Sync + 'static {
         None
     }
 
+    /// See [`Engine::lend_mut`]. If left out: not forwarded, since [`write`](Self::write) would be passed by. One that
+    /// changes nothing but where bytes are asks [`lower`](Self::lower).
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        let _ = (range, flags, from);
+        None
+    }
+
     /// See [`Engine::flush`]. If left out: forwarded.
     fn flush(&self) -> impl Future<Output = Result> + Send {
         self.lower().flush()
@@ -131,6 +143,15 @@ impl<F: Filter> Engine for F {
 
     fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
         Filter::write_nowait(self, buf, offset, flags)
+    }
+
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        Filter::lend_mut(self, range, flags, from)
     }
 
     fn flush(&self) -> impl Future<Output = Result> + Send {

@@ -21,6 +21,7 @@ enum Call {
     Lend(Range<u64>),
     Write(Vec<u8>, u64, WriteFlags),
     WriteNow(Vec<u8>, u64, WriteFlags),
+    LendMut(Vec<u8>, u64, WriteFlags),
     Flush,
     Discard(Range<u64>),
     WriteZeroes(Range<u64>, WriteFlags),
@@ -89,6 +90,16 @@ impl Engine for Recorder {
     fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
         let bytes = buf.as_slice().unwrap_or_default().to_vec();
         Some(self.note(Call::WriteNow(bytes, offset, flags)))
+    }
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        bytes.chunks_mut(512).for_each(from);
+        Some(self.note(Call::LendMut(bytes, range.start, flags)))
     }
     async fn flush(&self) -> Result {
         self.note(Call::Flush)
@@ -167,13 +178,22 @@ async fn every_mutation_arrives_with_its_flags() {
             assert_eq!(below.take(), [expected], "{name}");
 
             let written = above.write_nowait(&buf, 4096, flags);
+            let mut from = &bytes[..];
+            let lent = above.lend_mut(4096..5120, flags, &mut |memory| {
+                memory.copy_from_slice(from.split_off(..memory.len()).unwrap());
+            });
             // The others' own writes would be passed by.
             if changes_nothing(name) {
                 written.unwrap().unwrap();
-                let expected = Call::WriteNow(bytes.clone(), shift + 4096, flags);
-                assert_eq!(below.take(), [expected], "{name}");
+                lent.unwrap().unwrap();
+                let at = shift + 4096;
+                let expected = [
+                    Call::WriteNow(bytes.clone(), at, flags),
+                    Call::LendMut(bytes.clone(), at, flags),
+                ];
+                assert_eq!(below.take(), expected, "{name}");
             } else {
-                assert!(written.is_none(), "{name}");
+                assert!(written.is_none() && lent.is_none(), "{name}");
                 assert_eq!(below.take(), [], "{name}");
             }
         }
@@ -284,6 +304,7 @@ async fn a_mutation_never_passes_read_only() {
             .write_nowait(&WriteBuf::new(&[0; 512]), 0, none)
             .is_none()
     );
+    assert!(above.lend_mut(0..512, none, &mut |_| ()).is_none());
     for error in errors {
         assert_eq!(error.unwrap_err().errno(), errno::EROFS);
     }

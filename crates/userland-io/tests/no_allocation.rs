@@ -54,6 +54,8 @@ fn a_static_stack_allocates_nothing_and_an_erased_one_a_box_per_request() {
             let written = device.write_nowait(&page, 0, WriteFlags::empty());
             written.unwrap().unwrap();
             assert!(device.lend(0..4096, &mut |_| ()));
+            let lent = device.lend_mut(0..4096, WriteFlags::empty(), &mut |_| ());
+            lent.unwrap().unwrap();
         };
         both();
         let before = counting::allocations();

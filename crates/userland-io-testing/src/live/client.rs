@@ -163,10 +163,19 @@ impl Client {
 /// Writes.
 async fn write(front: &Checked<AnyEngine>, bytes: &[u8], offset: u64, flags: WriteFlags) -> Result {
     let buf = WriteBuf::new(bytes);
-    // Half of them as by a transport that does not wait where it need not.
-    let now = match fastrand::bool() {
-        true => front.write_nowait(&buf, offset, flags),
-        false => None,
+    // Half of them as by a transport that does not wait where it need not: of its own memory, or to the engine's.
+    let now = match fastrand::u8(..4) {
+        0 => front.write_nowait(&buf, offset, flags),
+        1 => {
+            let mut from = bytes;
+            let range = offset..offset + bytes.len() as u64;
+            front.lend_mut(range, flags, &mut |memory| {
+                let (piece, rest) = from.split_at(memory.len());
+                memory.copy_from_slice(piece);
+                from = rest;
+            })
+        }
+        _ => None,
     };
     match now {
         Some(result) => result,

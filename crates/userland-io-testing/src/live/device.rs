@@ -59,6 +59,15 @@ impl Engine for Through {
         self.device().ok()?.write_nowait(buf, offset, flags)
     }
 
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        self.device().ok()?.lend_mut(range, flags, from)
+    }
+
     async fn flush(&self) -> Result {
         self.device()?.flush().await
     }

@@ -247,6 +247,26 @@ impl SimDisk {
         fault.or(of_flush.map(|fault| fault.1))
     }
 
+    /// True if a request need not wait: now and then there is something to wait for.
+    fn has_time(&self) -> bool {
+        let world = &self.0.world;
+        !world.one_in(3) && world.try_event()
+    }
+
+    /// Writes at once.
+    fn write_now(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Result {
+        let world = &self.0.world;
+        let pieces = self.written(buf, offset, flags)?;
+        let fault = self.enter();
+        let call = self.submit(|_| pieces, true)?;
+        let some = fault.map_or(usize::MAX, |_| world.draw(4) as usize);
+        let durable = fault.is_none() && flags.contains(WriteFlags::FUA);
+        let mut state = self.state();
+        state.store.land(call, some, world);
+        state.store.finish(call, fault.is_none(), durable);
+        fault.map_or(Ok(()), |kind| Err(Error::new(kind, "injected")))
+    }
+
     async fn delay(&self) {
         let most = self.0.config.delay.as_nanos() as u64;
         if most > 0 {
@@ -467,23 +487,29 @@ impl Engine for SimDisk {
     }
 
     fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
-        let world = &self.0.world;
-        // Now and then there is something to wait for.
-        if world.one_in(3) || !world.try_event() {
+        self.has_time().then(|| self.write_now(buf, offset, flags))
+    }
+
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        if !self.has_time() {
             return None;
         }
-        let write = || {
-            let pieces = self.written(buf, offset, flags)?;
-            let fault = self.enter();
-            let call = self.submit(|_| pieces, true)?;
-            let some = fault.map_or(usize::MAX, |_| world.draw(4) as usize);
-            let durable = fault.is_none() && flags.contains(WriteFlags::FUA);
-            let mut state = self.state();
-            state.store.land(call, some, world);
-            state.store.finish(call, fault.is_none(), durable);
-            fault.map_or(Ok(()), |kind| Err(Error::new(kind, "injected")))
+        if range.end > self.geometry().size {
+            return Some(Err(ErrorKind::OutOfRange.into()));
+        }
+        let mut memory = vec![0; (range.end - range.start) as usize];
+        let unit = {
+            let state = self.state();
+            state.store.peek(range.start, &mut memory);
+            state.store.unit_len()
         };
-        Some(write())
+        memory.chunks_mut(unit).for_each(from);
+        Some(self.write_now(&WriteBuf::new(&memory), range.start, flags))
     }
 
     async fn flush(&self) -> Result {

@@ -369,6 +369,20 @@ impl Store {
         }
     }
 
+    /// What is there, for nobody to see.
+    pub(super) fn peek(&self, offset: u64, mut to: &mut [u8]) {
+        let mut at = (offset % self.unit as u64) as usize;
+        for unit in (offset / self.unit as u64) as usize.. {
+            let len = to.len().min(self.unit - at);
+            if len == 0 {
+                break;
+            }
+            let (piece, rest) = to.split_at_mut(len);
+            self.current(unit).copy_to(at, piece);
+            (to, at) = (rest, 0);
+        }
+    }
+
     /// The unit's current bytes, which someone now has seen.
     pub(super) fn look(&mut self, unit: usize) -> &Bytes {
         self.seq += 1;

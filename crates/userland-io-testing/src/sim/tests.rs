@@ -85,6 +85,32 @@ fn a_dropped_write_acts_until_the_next_flush_or_never() {
 }
 
 #[test]
+fn lent_memory_holds_what_is_there_and_is_written_as_a_whole() {
+    let (world, disk) = disk(1);
+    let none = WriteFlags::empty();
+    write(&world, &disk, 1, 1, none);
+    let mut was = Vec::new();
+    let mut lend = || {
+        was.clear();
+        disk.lend_mut(0..96, none, &mut |memory| {
+            was.push(memory[0]);
+            memory[0] = 7;
+        })
+    };
+    // Now and then there is something to wait for.
+    let lent = std::iter::repeat_with(&mut lend).find_map(|lent| lent);
+    lent.unwrap().unwrap();
+    assert_eq!(was, [0, 1, 0]);
+    assert_eq!(image(&world, &disk), [7, 7, 7, 0]);
+    let mut rest = [0; 32];
+    world
+        .run(disk.read(&mut ReadBuf::new(&mut rest), 32))
+        .unwrap()
+        .unwrap();
+    assert_eq!(rest[1..], [1; 31]);
+}
+
+#[test]
 fn it_notes_what_no_caller_may_ask() {
     let (world, disk) = disk(1);
     let bytes = [0; 32];

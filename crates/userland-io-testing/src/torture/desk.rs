@@ -139,9 +139,17 @@ impl Desk<'_> {
             Request::Write(_, flags) => {
                 let content = self.history.borrow().content(id);
                 let buf = WriteBuf::new(&content);
-                // Every other one as by a transport that does not wait where it need not.
-                let now = match id % 2 {
+                // Every other one as by a transport that does not wait where it need not: of its own memory, or to the engine's.
+                let now = match id % 4 {
                     1 => front.write_nowait(&buf, offset, *flags),
+                    3 => {
+                        let mut from = &content[..];
+                        front.lend_mut(range, *flags, &mut |memory| {
+                            let (piece, rest) = from.split_at(memory.len());
+                            memory.copy_from_slice(piece);
+                            from = rest;
+                        })
+                    }
                     _ => None,
                 };
                 match now {

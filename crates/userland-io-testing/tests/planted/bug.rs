@@ -32,4 +32,6 @@ pub(crate) enum Bug {
     RecoveryWithoutFlush,
     StaleLend,
     NowaitTailLate,
+    /// The last block of what was written to lent memory is stored later.
+    LentTailLate,
 }

@@ -27,7 +27,7 @@ enum Vehicle {
     Journal,
 }
 
-const BUGS: [(Bug, Vehicle, &[Clause]); 27] = {
+const BUGS: [(Bug, Vehicle, &[Clause]); 28] = {
     use Bug::*;
     use Clause::*;
     [
@@ -58,6 +58,7 @@ const BUGS: [(Bug, Vehicle, &[Clause]); 27] = {
         (RecoveryWithoutFlush, Vehicle::Journal, &[Recovery, Sync]),
         (StaleLend, Vehicle::Pass, LIVE),
         (NowaitTailLate, Vehicle::Pass, LIVE),
+        (LentTailLate, Vehicle::Pass, LIVE),
     ]
 };
 

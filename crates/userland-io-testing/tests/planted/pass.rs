@@ -197,6 +197,26 @@ impl Filter for Pass {
         }
     }
 
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        let end = range.end.saturating_sub(self.block());
+        match self.bug {
+            Bug::None => self.lower.lend_mut(range, flags, from),
+            Bug::LentTailLate if end > range.start => {
+                let written = self.lower.lend_mut(range.start..end, flags, from)?;
+                let mut tail = vec![0; (range.end - end) as usize];
+                from(&mut tail);
+                self.later(end, tail, 2);
+                Some(written)
+            }
+            _ => None,
+        }
+    }
+
     async fn flush(&self) -> Result {
         match self.bug {
             Bug::FlushDoesNothing => Ok(()),

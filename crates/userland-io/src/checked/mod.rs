@@ -14,8 +14,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::{
-    Discard, Engine, ErrorKind, Extents, Features, Geometry, InvalidGeometry, ReadBuf, Result,
-    WriteBuf, WriteFlags, changed_through,
+    Discard, Engine, Error, ErrorKind, Extents, Features, Geometry, InvalidGeometry, ReadBuf,
+    Result, WriteBuf, WriteFlags, changed_through,
 };
 use locks::{Guard, RangeLocks};
 
@@ -32,7 +32,7 @@ use locks::{Guard, RangeLocks};
 ///   (of which pieces before the refused one may have been zeroed);
 /// * `discard` arrives only where claimed, in whole granules: else `Unsupported`, or trimmed;
 /// * `extents` and `status` arrive only where there are any;
-/// * `lend` and `write_nowait` arrive only for what a single `read` or `write` could do, and which need not wait for
+/// * `lend`, `write_nowait` and `lend_mut` arrive only for what a single `read` or `write` could do, and which need not wait for
 ///   another request;
 /// * nothing arrives after `close`: `Shutdown`.
 ///
@@ -114,6 +114,22 @@ impl<E: Engine> Checked<E> {
     fn is_aligned(&self, range: &Range<u64>) -> bool {
         let mask = self.block() - 1;
         range.start & mask == 0 && (range.end & mask == 0 || self.is_end(range.end))
+    }
+
+    /// What a mutation of `range` that does not wait goes to the engine with: a place and flags. `None` for what is refused,
+    /// empty, to be cut, to be flushed behind, or to wait.
+    fn enter_now(&self, range: Range<u64>, flags: WriteFlags) -> Option<(Guard<'_>, WriteFlags)> {
+        self.open().and_then(|()| self.writable()).ok()?;
+        let (flags, flush) = self.split_fua(flags & WriteFlags::FUA);
+        let is_long = range.end - range.start > limit(self.facts.max_transfer);
+        if range.is_empty() || is_long || !self.is_aligned(&range) || flush {
+            return None;
+        }
+        let guard = match self.block() {
+            1 => Guard::none(),
+            _ => self.locks.enter_now(range)?,
+        };
+        Some((guard, flags))
     }
 
     /// True if the disk ends at `at`: a part of a block there is all there is of it. Asked anew, because a disk
@@ -278,21 +294,41 @@ impl<E: Engine> Engine for Checked<E> {
     }
 
     fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, flags: WriteFlags) -> Option<Result> {
-        // What is refused, empty, to be cut, or to be flushed behind is left to `write`.
-        self.open().and_then(|()| self.writable()).ok()?;
-        let len = buf.len() as u64;
-        let range = self.range(offset, len).ok()?;
-        let (flags, flush) = self.split_fua(flags & WriteFlags::FUA);
-        if len == 0 || len > limit(self.facts.max_transfer) || !self.is_aligned(&range) || flush {
-            return None;
-        }
-        let guard = match self.block() {
-            1 => Guard::none(),
-            _ => self.locks.enter_now(range)?,
-        };
+        let range = self.range(offset, buf.len() as u64).ok()?;
+        let (guard, flags) = self.enter_now(range, flags)?;
         let written = self.engine.write_nowait(buf, offset, flags);
         guard.finish();
         written
+    }
+
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        let range = self.valid(range).ok()?;
+        let (guard, flags) = self.enter_now(range.clone(), flags)?;
+        let len = range.end - range.start;
+        let mut lent = 0;
+        let written = self.engine.lend_mut(range, flags, &mut |memory| {
+            // No more than all of it: whoever asked has promised as much already.
+            let left = len.saturating_sub(lent).min(memory.len() as u64) as usize;
+            lent = lent.saturating_add(memory.len() as u64);
+            from(&mut memory[..left]);
+        });
+        guard.finish();
+        let due = match &written {
+            Some(Err(_)) => return written,
+            Some(Ok(())) => len,
+            None => 0,
+        };
+        if lent == due {
+            return written;
+        }
+        // What was taken from the sender cannot be written in another way.
+        let text = format!("the engine lent {lent} bytes to be written to, where it owed {due}");
+        Some(Err(Error::new(ErrorKind::Io, text)))
     }
 
     async fn flush(&self) -> Result {

@@ -102,6 +102,18 @@ impl Engine for Handle {
         buf.copy_to(&mut self.0.bytes.lock().unwrap()[place]);
         Some(Ok(()))
     }
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        let len = (range.end - range.start) as usize;
+        self.note(WriteNow(range.start, len, flags));
+        let place = self.place(range.start, len);
+        from(&mut self.0.bytes.lock().unwrap()[place]);
+        Some(Ok(()))
+    }
     async fn flush(&self) -> Result {
         self.note(Flush);
         Ok(())
@@ -229,9 +241,16 @@ async fn what_does_not_wait_arrives_as_it_is_or_not_at_all() {
     geometry.max_transfer = 4 * geometry.logical_block_size;
     let block = geometry.logical_block_size as usize;
     let bytes = vec![7; 5 * block];
+    // Both in the same way.
     let now = |disk: &Checked<Handle>, len, offset, flags| {
-        disk.write_nowait(&WriteBuf::new(&bytes[..len]), offset, flags)
-            .is_some()
+        let engine = disk.get_ref();
+        engine.calls();
+        let lent = disk.lend_mut(offset..offset + len as u64, flags, &mut |_| ());
+        let calls = engine.calls();
+        let written = disk.write_nowait(&WriteBuf::new(&bytes[..len]), offset, flags);
+        assert_eq!(*engine.0.calls.lock().unwrap(), calls);
+        assert_eq!(lent.is_some(), written.is_some());
+        written.is_some()
     };
     let fua = WriteFlags::FUA;
     let (engine, disk) = edge(geometry);
@@ -259,14 +278,56 @@ async fn what_does_not_wait_arrives_as_it_is_or_not_at_all() {
     assert_eq!(engine.calls(), [WriteNow(0, block, fua)]);
 }
 
+/// Lends these pieces to be written to, and answers.
+struct Borrower(Vec<usize>, fn() -> Option<Result>);
+
+impl Engine for Borrower {
+    fn geometry(&self) -> Geometry {
+        Geometry::writable(100, CrashLevel::None)
+    }
+    async fn read(&self, _: &mut ReadBuf<'_>, _: u64) -> Result {
+        Ok(())
+    }
+    fn lend_mut(
+        &self,
+        _: Range<u64>,
+        _: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        self.0.iter().for_each(|&len| from(&mut vec![0; len]));
+        self.1()
+    }
+}
+
+#[test]
+fn nobody_is_told_of_a_write_for_which_too_little_was_lent() {
+    let lend = |pieces: &[usize], answer| {
+        let disk = Checked::new(Borrower(pieces.to_vec(), answer)).unwrap();
+        let mut came = 0;
+        let lent = disk.lend_mut(10..18, PLAIN, &mut |memory| came += memory.len());
+        (lent.map(|lent| lent.map_err(|error| error.kind())), came)
+    };
+    let (fine, busy) = (|| Some(Ok(())), || None);
+    assert_eq!(lend(&[3, 5], fine), (Some(Ok(())), 8));
+    assert_eq!(lend(&[], busy), (None, 0));
+    let broken = Some(Err(ErrorKind::Io));
+    assert_eq!(lend(&[3, 4], fine), (broken, 7));
+    assert_eq!(lend(&[3, 9], fine), (broken, 8), "no more is taken");
+    assert_eq!(lend(&[3], busy), (broken, 3), "which is gone");
+    let full = || Some(Err(ErrorKind::NoSpace.into()));
+    assert_eq!(lend(&[3], full), (Some(Err(ErrorKind::NoSpace)), 3));
+}
+
 #[tokio::test]
 async fn nothing_overtakes_a_read_modify_write() {
     let disk = Checked::new(Handle::gated(blocks(), Some(Semaphore::new(0)))).unwrap();
     let block = u64::from(blocks().logical_block_size);
     let now = |offset| {
         let bytes = vec![7; block as usize];
-        disk.write_nowait(&WriteBuf::new(&bytes), offset, PLAIN)
-            .is_some()
+        let written = disk.write_nowait(&WriteBuf::new(&bytes), offset, PLAIN);
+        let lent = disk.lend_mut(offset..offset + block, PLAIN, &mut |_| ());
+        assert_eq!(lent.is_some(), written.is_some());
+        written.is_some()
     };
     let part = WriteBuf::new(&[1]);
     let mut modify = Box::pin(disk.write(&part, 1, PLAIN));

@@ -205,6 +205,20 @@ impl<E: Engine> Device<E> {
         self.inner.monitor.now(Op::Write, offset, len, writing)
     }
 
+    /// See [`Engine::lend_mut`]. `None` also for what would be refused: [`write`](Self::write) tells why. A panic of `from` counts as
+    /// the engine's.
+    pub fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        self.writable().ok()?;
+        let (offset, len) = place(&range);
+        let writing = || self.inner.engine.lend_mut(range, flags, from);
+        self.inner.monitor.now(Op::Write, offset, len, writing)
+    }
+
     /// See [`Engine::flush`].
     pub async fn flush(&self) -> Result {
         let flushing = self.inner.engine.flush();

@@ -57,6 +57,16 @@ impl Engine for Puppet {
             _ => Ok(()),
         })
     }
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        _: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        from(&mut vec![0; (range.end - range.start) as usize]);
+        self.stumble(Op::Write);
+        Some(Ok(()))
+    }
     async fn flush(&self) -> Result {
         self.flushes.fetch_add(1, Ordering::Relaxed);
         self.stumble(Op::Flush);
@@ -171,6 +181,33 @@ async fn a_write_that_does_not_wait_counts_as_one() {
     *device.get_ref().panic_in.lock().unwrap() = None;
     assert!(now(&device, 8, 8).is_none(), "what it left is not known");
     assert_eq!(write_error(&device).await, ErrorKind::Io);
+}
+
+#[tokio::test]
+async fn what_is_written_to_lent_memory_counts_as_one_write() {
+    let device = Device::open(Puppet::new(writable(CrashLevel::Flush)))
+        .await
+        .unwrap();
+    let lend = |device: &Device<Puppet>| {
+        let mut len = 0;
+        let lent = device.lend_mut(8..16, WriteFlags::empty(), &mut |memory| {
+            len += memory.len()
+        });
+        (lent, len)
+    };
+    assert!(matches!(lend(&device), (Some(Ok(())), 8)));
+    assert!(matches!(lend(&device.read_only()), (None, 0)));
+    let stats = device.stats();
+    let write = stats.of(Op::Write);
+    assert_eq!((write.ops, write.bytes, write.errors), (1, 8, 0));
+    *device.get_ref().panic_in.lock().unwrap() = Some(Op::Write);
+    let fallen = lend(&device).0.unwrap().unwrap_err();
+    assert!(fallen.to_string().contains("told to fall"), "{fallen}");
+    *device.get_ref().panic_in.lock().unwrap() = None;
+    assert!(
+        matches!(lend(&device), (None, 0)),
+        "what it left is not known"
+    );
 }
 
 async fn write_error(device: &Device<Puppet>) -> ErrorKind {

@@ -121,6 +121,15 @@ impl<E: Engine> Filter for OffsetEngine<E> {
         self.lower.write_nowait(buf, self.shift(offset), flags)
     }
 
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        self.lower.lend_mut(self.shifted(range), flags, from)
+    }
+
     fn discard(&self, range: Range<u64>) -> impl Future<Output = Result> + Send {
         self.lower.discard(self.shifted(range))
     }

@@ -174,6 +174,17 @@ impl<E: Engine> Filter for StatsEngine<E> {
         Some(self.stats.note(Operation::Write, buf.len() as u64, result))
     }
 
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        let len = len(&range);
+        let result = self.lower.lend_mut(range, flags, from)?;
+        Some(self.stats.note(Operation::Write, len, result))
+    }
+
     async fn flush(&self) -> Result {
         let result = self.lower.flush().await;
         self.stats.note(Operation::Flush, 0, result)
@@ -267,7 +278,13 @@ mod tests {
         let outside = Engine::write_nowait(&disk, &page, 8000, WriteFlags::empty());
         assert!(outside.is_none());
         lend();
-        assert_eq!(stats.to_string(), "read 1 (512 bytes), write 1 (512 bytes)");
+        let lend_mut = |range| Engine::lend_mut(&disk, range, WriteFlags::empty(), &mut |_| ());
+        lend_mut(0..1024).unwrap().unwrap();
+        assert!(lend_mut(8000..9024).is_none());
+        assert_eq!(
+            stats.to_string(),
+            "read 1 (512 bytes), write 2 (1536 bytes)"
+        );
     }
 
     #[tokio::test]

@@ -154,13 +154,20 @@ impl Memory {
 
     /// Writes `buf` at once, and leaves none of it beyond the end.
     fn write_turn(&self, buf: &WriteBuf<'_>, offset: u64) -> Result {
-        self.check(offset, buf.len() as u64)?;
         let mut done = 0;
-        while done < buf.len() {
-            let at = offset + done as u64;
-            let part = within(at, (buf.len() - done) as u64);
-            let piece = buf.slice(done..done + part.len());
-            done += part.len();
+        self.put_turn(offset, buf.len() as u64, |memory| {
+            let piece = done..done + memory.len();
+            done = piece.end;
+            buf.slice(piece).copy_to(memory);
+        })
+    }
+
+    /// Has `put` write the next `len` bytes from `offset` on at once, part by part, and leaves none of them beyond the end.
+    fn put_turn(&self, offset: u64, len: u64, mut put: impl FnMut(&mut [u8])) -> Result {
+        self.check(offset, len)?;
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let part = within(at, end - at);
             let mut chunk = self.table.find_or_make(at / CHUNK as u64).write();
             if chunk.bytes().is_none() {
                 self.table.made();
@@ -168,11 +175,11 @@ impl Memory {
                 // it. One that does find it is kept apart by the chunk's lock.
                 fence(Ordering::SeqCst);
             }
-            piece.copy_to(chunk.touch(part));
+            at += part.len() as u64;
+            put(chunk.touch(part));
         }
         // A resize may have cut the disk short under this write; what it left beyond the end must not come back.
         let size = self.size.load(Ordering::Acquire);
-        let end = offset + buf.len() as u64;
         if end > size {
             self.clear(size.max(offset)..end);
             return Err(ErrorKind::OutOfRange.into());
@@ -242,6 +249,16 @@ impl Engine for Memory {
 
     fn write_nowait(&self, buf: &WriteBuf<'_>, offset: u64, _: WriteFlags) -> Option<Result> {
         (buf.len() <= TURN).then(|| self.write_turn(buf, offset))
+    }
+
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        _: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        let len = range.end - range.start;
+        (len <= TURN as u64).then(|| self.put_turn(range.start, len, from))
     }
 
     async fn flush(&self) -> Result {
@@ -370,6 +387,36 @@ mod tests {
         disk.resize(C);
         let refused = now(1, C).unwrap().unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::OutOfRange);
+    }
+
+    #[tokio::test]
+    async fn memory_to_be_written_to_comes_with_what_is_there() {
+        let disk = Memory::new(16 * C);
+        let none = WriteFlags::empty();
+        disk.write(&WriteBuf::new(&[1; 200]), C - 100, none)
+            .await
+            .unwrap();
+        let mut was = Vec::new();
+        let lent = disk.lend_mut(C - 200..C + 200, none, &mut |memory| {
+            was.push(memory.to_vec());
+            memory[..100].fill(7);
+        });
+        lent.unwrap().unwrap();
+        let (old, hole) = ([1; 100], [0; 100]);
+        assert_eq!(was, [[hole, old].concat(), [old, hole].concat()]);
+        let mut back = [9; 400];
+        disk.read(&mut ReadBuf::new(&mut back), C - 200)
+            .await
+            .unwrap();
+        let new = [7; 100];
+        assert_eq!(back[..], [new, old, new, hole].concat());
+        let refuse = |range| disk.lend_mut(range, none, &mut |_| panic!("lent"));
+        assert!(
+            refuse(0..TURN as u64 + 1).is_none(),
+            "others' turn would come late"
+        );
+        let outside = refuse(16 * C..16 * C + 1).unwrap().unwrap_err();
+        assert_eq!(outside.kind(), ErrorKind::OutOfRange);
     }
 
     #[tokio::test]
