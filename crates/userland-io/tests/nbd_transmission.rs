@@ -442,18 +442,18 @@ async fn a_long_write_is_stored_in_pieces_for_as_long_as_that_need_not_wait() {
             let answer = peer.write(offset, &data).await;
             assert_eq!(answer.error, expected, "{mode:?}");
             let writes = std::mem::take(&mut *device.get_ref().writes.lock().unwrap());
-            let mut at = offset;
+            let (mut at, mut short) = (offset, 0);
             for (offset, len, at_once) in &writes {
                 assert_eq!(*offset, at);
                 at += *len as u64;
                 let is_last = at == END - 512;
-                assert!(
-                    is_last || (at % 8192 == 0 && *len >= 32 << 10),
-                    "{writes:?}"
-                );
+                assert!(is_last || at % 8192 == 0, "{writes:?}");
+                short += usize::from(!is_last && *len < 32 << 10);
                 assert_eq!(*at_once, at <= waits, "{writes:?}");
             }
             assert!(writes.len() > 4, "{writes:?}");
+            // Until it is known that this engine lends no memory to be written to.
+            assert!(short <= 2, "{writes:?}");
             // What follows is not taken for what was to be written, and vice versa.
             let stored = peer.read(offset, len).await.data;
             match full == END {

@@ -278,10 +278,23 @@ impl Peer {
     /// As [`new`](Self::new), through a Unix socket.
     #[cfg(unix)]
     pub(crate) fn through_unix<E: Engine>(device: &Device<E>, session: Session) -> Self {
+        Peer::with_socket(device, session).0
+    }
+
+    /// As [`through_unix`](Self::through_unix), with a second handle to the client's socket.
+    #[cfg(unix)]
+    pub(crate) fn with_socket<E: Engine>(
+        device: &Device<E>,
+        session: Session,
+    ) -> (Self, std::os::unix::net::UnixStream) {
         let (shutdown, environment) = environment(Limits::default());
         let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+        let ours = ours.into_std().unwrap();
+        let second = ours.try_clone().unwrap();
+        let ours = tokio::net::UnixStream::from_std(ours).unwrap();
         let theirs = Stream::from(theirs);
-        Peer::over(ours, theirs, device, session, shutdown, environment)
+        let peer = Peer::over(ours, theirs, device, session, shutdown, environment);
+        (peer, second)
     }
 
     fn over<E: Engine>(

@@ -28,6 +28,13 @@ pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {
         None
     }
 
+    /// How many bytes have come already, and can be received at once; `None` if that cannot be told.
+    ///
+    /// Left out, it cannot.
+    fn at_hand(&self) -> Option<u64> {
+        None
+    }
+
     /// Sends what can be sent at once of `slices`, past the runtime: neither waits nor leaves a waker. `None` if that is nothing.
     ///
     /// Left out, nothing ever is, and all is sent by the runtime.
@@ -107,6 +114,11 @@ impl Socket for Stream {
     // An error is left to the next receive or send, which meets it too.
     fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
         (&*self.socket()?).read(to).ok()
+    }
+
+    #[cfg(unix)]
+    fn at_hand(&self) -> Option<u64> {
+        rustix::io::ioctl_fionread(&*self.socket()?).ok()
     }
 
     fn send_now(&self, slices: &[IoSlice<'_>]) -> Option<usize> {

@@ -11,6 +11,13 @@ pub(super) trait Nowait: Sync {
     fn lend(&self, range: Range<u64>, to: &mut dyn FnMut(&[u8])) -> bool;
     /// See [`Device::write_nowait`].
     fn write(&self, bytes: &[u8], offset: u64, flags: WriteFlags) -> Option<Result>;
+    /// See [`Device::lend_mut`].
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result>;
 }
 
 impl<E: Engine> Nowait for Device<E> {
@@ -19,6 +26,14 @@ impl<E: Engine> Nowait for Device<E> {
     }
     fn write(&self, bytes: &[u8], offset: u64, flags: WriteFlags) -> Option<Result> {
         self.write_nowait(&WriteBuf::new(bytes), offset, flags)
+    }
+    fn lend_mut(
+        &self,
+        range: Range<u64>,
+        flags: WriteFlags,
+        from: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<Result> {
+        Device::lend_mut(self, range, flags, from)
     }
 }
 

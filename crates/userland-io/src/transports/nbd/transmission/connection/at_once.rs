@@ -9,13 +9,11 @@ use super::super::command::{Done, Failure, Job};
 use super::super::output;
 use super::super::pool::footprint;
 use super::super::request::{Command, Request};
-use super::{Connection, long_writes};
+use super::{Connection, TURN, long_writes};
 use crate::WriteFlags;
 
 /// Shorter reads, beyond those that are copied beside their headers, are sent with others rather than by a call of their own.
 const LONG: u64 = 32 << 10;
-/// After so many bytes that were sent past the runtime, others have their turn.
-const TURN: usize = 4 << 20;
 
 impl<S, F, G> Connection<'_, S, F, G>
 where
@@ -57,7 +55,7 @@ where
             && self.ask(offset, request.length);
         if asks
             || self.output.pending() >= length
-            || self.sent_lent >= TURN
+            || self.moved_lent >= TURN
             || !self.long_reads_now.ask()
             || self.take(cx, footprint(length)).is_pending()
         {
@@ -83,7 +81,7 @@ where
         self.account.give(footprint(length) - kept);
         self.long_reads_now.learn(lent);
         self.moved_bytes += sent;
-        self.sent_lent += sent;
+        self.moved_lent += sent;
         lent
     }
 

@@ -35,6 +35,7 @@ use super::status;
 use crate::{Features, Geometry, Slots};
 use leaving::{Farewell, State};
 use long_writes::{LONG, LongWrite};
+use receiving::give_way;
 
 /// No request is started while so many bytes wait to be sent, in the case that every request
 /// finishes at once: more would only leave the cache before they are sent.
@@ -44,6 +45,8 @@ const GATHERED_IN_FLIGHT: usize = 4 << 20;
 /// The rest of a payload, if at least this long, is received straight into its buffer; a shorter
 /// one comes along with the requests behind it.
 const DIRECT: usize = 32 << 10;
+/// After so many bytes that were moved past the runtime, others have their turn.
+const TURN: usize = 4 << 20;
 /// A read longer than the longest request is answered in pieces of this many bytes.
 const PIECE: u64 = 4 << 20;
 
@@ -59,6 +62,7 @@ pub(super) struct Connection<'a, S, F, G> {
     long_reads_now: Asking,
     writes: Asking,
     long_writes_now: Asking,
+    long_writes_lent: Asking,
     slots: Slots<F>,
     input: Input,
     output: Output,
@@ -88,8 +92,8 @@ pub(super) struct Connection<'a, S, F, G> {
     has_moved: bool,
     /// Bytes sent and received since the last tick.
     moved_bytes: usize,
-    /// Bytes sent past the runtime since this task was woken.
-    sent_lent: usize,
+    /// Bytes sent or received past the runtime, from or to the engine's memory, since this task was woken.
+    moved_lent: usize,
     stalled: u32,
     was_direct: bool,
     /// The stream's end has been seen, before everything in front of it was taken.
@@ -158,6 +162,7 @@ where
             long_reads_now: Asking::default(),
             writes: Asking::default(),
             long_writes_now: Asking::default(),
+            long_writes_lent: Asking::default(),
             slots: Slots::new(limits.max_in_flight.max(1)),
             input: Input::new(input),
             output: Output::new(),
@@ -180,7 +185,7 @@ where
             is_armed: false,
             has_moved: false,
             moved_bytes: 0,
-            sent_lent: 0,
+            moved_lent: 0,
             stalled: 0,
             was_direct: false,
             has_ended: false,
@@ -209,7 +214,7 @@ where
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.take_kit();
         self.linger.wake();
-        self.sent_lent = 0;
+        self.moved_lent = 0;
         loop {
             let mut moved = self.reap(cx);
             let in_flight = self.slots.in_flight();
@@ -383,12 +388,16 @@ where
         }
     }
 
-    /// Takes the request of `header`, which is at hand. Pending if there is no memory for it now.
-    fn begin(&mut self, cx: &mut Context<'_>, header: wire::Request) -> Poll<()> {
-        let header_length = match self.session.replies {
+    fn header_length(&self) -> usize {
+        match self.session.replies {
             ReplyMode::Extended => wire::Request::EXTENDED_LEN,
             _ => wire::Request::COMPACT_LEN,
-        };
+        }
+    }
+
+    /// Takes the request of `header`, which is at hand. Pending if there is no memory for it now.
+    fn begin(&mut self, cx: &mut Context<'_>, header: wire::Request) -> Poll<()> {
+        let header_length = self.header_length();
         if header.command == cmd::DISC {
             self.input.consume(header_length);
             self.leave(Farewell::None);
@@ -447,6 +456,7 @@ where
                 rest: request,
                 flags,
                 unit,
+                is_lent: self.long_writes_lent.ask(),
                 failed: None,
             });
             return Poll::Ready(());

@@ -12,7 +12,7 @@ use super::super::linger::Lingered;
 use super::leaving::{Farewell, State};
 use super::{Connection, Phase, Wants};
 
-/// What is received after a long payload, so that the next one is not received beside its buffer.
+/// What is received after a long payload besides the next header, so that the next payload is not received beside its place.
 const AFTER_DIRECT: usize = 4 << 10;
 
 impl<S, F, G> Connection<'_, S, F, G>
@@ -30,6 +30,7 @@ where
             return false;
         }
         let batch = std::mem::take(&mut self.begun);
+        let most = self.most();
         let (stream, input) = (&self.stream, &mut self.input);
         let lingered = match &mut self.phase {
             Phase::Payload { buffer, filled, .. } if wants == Wants::Payload => {
@@ -42,10 +43,11 @@ where
                 lingered
             }
             _ => {
-                let most = most(self.was_direct);
                 let receive = || input.receive_with(most, |room| stream.receive_now(room));
                 let lingered = self.linger.wait(batch, receive);
-                self.was_direct &= !matches!(lingered, Lingered::Came(_));
+                if matches!(lingered, Lingered::Came(_)) {
+                    self.was_direct = self.is_lent();
+                }
                 lingered
             }
         };
@@ -56,8 +58,7 @@ where
             }
             Lingered::Nothing => false,
             Lingered::Enough => {
-                // Unlike a plain wake, this lets the runtime look after its sockets first.
-                let _ = pin!(tokio::task::yield_now()).poll(cx);
+                give_way(cx);
                 false
             }
         }
@@ -68,6 +69,7 @@ where
         if self.state != State::Serving {
             return false;
         }
+        let most = self.most();
         let received = match (wants, &mut self.phase) {
             (Wants::Nothing, _) => return false,
             (Wants::Payload, Phase::Payload { buffer, filled, .. }) => {
@@ -79,7 +81,6 @@ where
                 received
             }
             _ => {
-                let most = most(self.was_direct);
                 let received = self.input.poll_receive(cx, &mut self.stream, most);
                 self.was_direct &= received.is_pending();
                 received
@@ -98,12 +99,27 @@ where
         }
         true
     }
+
+    /// How many bytes the next receive may bring by way of the input.
+    fn most(&self) -> usize {
+        match &self.phase {
+            // At most a unit.
+            Phase::LongWrite(write) if write.is_lent => {
+                write.to_end_of_unit(self.input.bytes().len() as u64) as usize
+            }
+            _ if self.was_direct => AFTER_DIRECT + self.header_length(),
+            _ => usize::MAX,
+        }
+    }
+
+    /// True if what comes now should go to the engine's memory.
+    fn is_lent(&self) -> bool {
+        matches!(&self.phase, Phase::LongWrite(write) if write.is_lent)
+    }
 }
 
-/// How many bytes the next receive may bring.
-fn most(was_direct: bool) -> usize {
-    match was_direct {
-        true => AFTER_DIRECT,
-        false => usize::MAX,
-    }
+/// Asks for another turn after others'.
+pub(super) fn give_way(cx: &mut Context<'_>) {
+    // Unlike a plain wake, this lets the runtime look after its sockets first.
+    let _ = pin!(tokio::task::yield_now()).poll(cx);
 }
