@@ -2,6 +2,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
@@ -11,7 +12,7 @@ use userland_io::transports::nbd::socket::Socket;
 /// Gives out its input in pieces, then ends; takes output in pieces, too.
 pub struct Recorded {
     input: Vec<u8>,
-    given: usize,
+    given: AtomicUsize,
     piece: usize,
     output: Output,
 }
@@ -31,7 +32,7 @@ impl Recorded {
         let output = Output::default();
         let recorded = Recorded {
             input,
-            given: 0,
+            given: AtomicUsize::new(0),
             piece,
             output: output.clone(),
         };
@@ -39,7 +40,28 @@ impl Recorded {
     }
 }
 
-impl Socket for Recorded {}
+impl Recorded {
+    fn left(&self) -> &[u8] {
+        &self.input[self.given.load(Relaxed)..]
+    }
+
+    /// Gives the next piece, as much of it as there is room for.
+    fn give(&self, to: &mut [u8]) -> usize {
+        let length = self.left().len().min(self.piece).min(to.len());
+        to[..length].copy_from_slice(&self.left()[..length]);
+        self.given.fetch_add(length, Relaxed);
+        length
+    }
+}
+
+impl Socket for Recorded {
+    fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
+        Some(self.give(to))
+    }
+    fn at_hand(&self) -> Option<u64> {
+        Some(self.left().len() as u64)
+    }
+}
 
 impl AsyncRead for Recorded {
     fn poll_read(
@@ -47,11 +69,8 @@ impl AsyncRead for Recorded {
         _: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let left = &this.input[this.given..];
-        let length = left.len().min(this.piece).min(buf.remaining());
-        buf.put_slice(&left[..length]);
-        this.given += length;
+        let length = self.give(buf.initialize_unfilled());
+        buf.advance(length);
         Poll::Ready(Ok(()))
     }
 }

@@ -96,9 +96,12 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Does what [`write_nowait`](Self::write_nowait) does, with bytes that `from` puts where they are kept: it is called with the
     /// memory of all of `range`, in order, in one piece or several. A transport that receives them there spares a copy. `from`
-    /// does not wait, so a lock may be held meanwhile, and should be where others would see a block half-way. Memory
-    /// comes with what the range holds, for `from` may leave the end of it as it is: then the sender has failed, and
-    /// nobody is told that this was written.
+    /// does not wait, so a lock may be held meanwhile, and should be where others would see a block half-way. `None` only before
+    /// `from` is called. Memory comes with what the range holds, for `from` may leave the end of it as it is: then the sender has
+    /// failed, and nobody is told that this was written.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write). The edge makes it an error, too, if less was lent than `range` is long.
     ///
     /// If left out: never, and everybody writes. So does a layer that leaves it out: nothing passes its `write` by.
     fn lend_mut(

@@ -4,9 +4,10 @@
 use std::io;
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 #[cfg(target_os = "linux")]
 use socket2::SockRef;
@@ -21,6 +22,9 @@ use userland_io::{
 
 #[path = "common/nbd_peer.rs"]
 mod nbd_peer;
+#[cfg(target_os = "linux")]
+#[path = "common/need.rs"]
+mod need;
 use nbd_peer::{MIB, MODES, Peer, environment, pattern, session};
 
 const NONE: CommandFlags = CommandFlags::empty();
@@ -40,6 +44,7 @@ struct Lender {
     bytes: Mutex<Vec<u8>>,
     waits: u64,
     full: u64,
+    unit: u32,
     writes: Mutex<Vec<(Range<u64>, Way)>>,
 }
 
@@ -49,6 +54,7 @@ impl Lender {
             bytes: Mutex::new(vec![0; SIZE as usize]),
             waits,
             full,
+            unit: UNIT as u32,
             writes: Mutex::default(),
         }
     }
@@ -78,7 +84,7 @@ impl Lender {
 impl Engine for Lender {
     fn geometry(&self) -> Geometry {
         let mut geometry = Geometry::writable(SIZE, CrashLevel::None);
-        geometry.atomic_write_unit = UNIT as u32;
+        geometry.atomic_write_unit = self.unit;
         geometry
     }
     async fn read(&self, buf: &mut ReadBuf<'_>, offset: u64) -> Result {
@@ -208,52 +214,93 @@ async fn of_a_write_whose_client_vanishes_whole_units_are_stored() {
         let server = peer.server;
         drop((peer.reader, peer.writer));
         assert!(server.await.unwrap().is_err());
-        let stored = (came - came % UNIT) as usize;
         let bytes = device.get_ref().bytes.lock().unwrap();
-        assert!(bytes[..stored] == data[..stored], "{came}");
-        assert!(bytes[stored..].iter().all(|byte| *byte == 0), "{came}");
+        let stored = bytes.iter().zip(&data).take_while(|(a, b)| a == b).count() as u64;
+        assert!(
+            stored.is_multiple_of(UNIT) && stored <= came,
+            "{stored} of {came}"
+        );
+        assert!(came - stored < 40 << 10, "{stored} of {came}");
+        let rest = &bytes[stored as usize..];
+        assert!(rest.iter().all(|byte| *byte == 0), "{stored} of {came}");
     }
 }
 
-/// An urgent byte is none of the stream's, but may count as if it were there to be received.
+/// An urgent byte is none of the stream's, but counts as if it were there to be received.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn less_than_the_system_says_is_no_end_of_a_write() {
+async fn a_client_that_sends_less_than_the_system_says_is_cut_off() {
     let device = Device::open(Lender::new(SIZE, SIZE)).await.unwrap();
     let (mut peer, socket) = Peer::with_socket(&device, session(MODES[0], SIZE));
-    let data = pattern(4, 0, 160_000);
-    for _ in 0..3 {
-        let (cookie, head) = peer.head(cmd::WRITE, NONE, 0, data.len() as u64);
-        let (first, second) = data.split_at(100_000);
-        peer.writer
-            .write_all(&[&head, first].concat())
-            .await
-            .unwrap();
-        SockRef::from(&socket).send_out_of_band(b"!").unwrap();
-        peer.writer.write_all(second).await.unwrap();
-        let (answered, answer) = peer.receive().await;
-        assert_eq!((answered, answer.error), (cookie, 0));
-        assert!(peer.read(0, data.len()).await.data == data);
+    let data = pattern(4, 0, 400_000);
+    let (_, head) = peer.head(cmd::WRITE, NONE, 0, data.len() as u64);
+    peer.writer.write_all(&head).await.unwrap();
+    // Nothing else is at hand when the rest comes.
+    settle().await;
+    let last = 16 * UNIT as usize - 1;
+    peer.writer.write_all(&data[..last]).await.unwrap();
+    if let Err(error) = SockRef::from(&socket).send_out_of_band(b"!") {
+        return need::impossible(&format!("urgent bytes through a Unix socket: {error}"));
     }
-    peer.leave().await;
+    let served = tokio::time::timeout(Duration::from_secs(60), peer.server).await;
+    let error = served.unwrap().unwrap().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+    let bytes = device.get_ref().bytes.lock().unwrap();
+    assert!(bytes[..last] == data[..last]);
+    assert!(bytes[last..].iter().all(|byte| *byte == 0));
 }
 
-/// A stream that always has more, says that all of it is at hand, and gives `most` bytes at a time past the runtime, but nothing each
-/// `pause`th time.
+async fn settle() {
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// A stream of so many bytes as are sent at a time, which gives `most` of them at a time past the runtime, but nothing each
+/// `pause`th time, and says that all are at hand.
 struct Torrent {
     bytes: Vec<u8>,
-    at: AtomicUsize,
-    asked: AtomicUsize,
+    burst: usize,
     most: usize,
     pause: usize,
+    at: AtomicUsize,
+    /// Where the last burst began that has come.
+    came: AtomicUsize,
+    asked: AtomicUsize,
+    /// How much had been taken when the first answer left.
+    answered: Arc<AtomicUsize>,
 }
 
 impl Torrent {
+    fn new(bytes: Vec<u8>) -> Self {
+        Torrent {
+            bytes,
+            burst: usize::MAX,
+            most: usize::MAX,
+            pause: usize::MAX,
+            at: 0.into(),
+            came: usize::MAX.into(),
+            asked: 0.into(),
+            answered: Arc::default(),
+        }
+    }
+
+    /// What is left of the burst, if that has come.
+    fn here(&self) -> usize {
+        let at = self.at.load(SeqCst);
+        let inside = at % self.burst;
+        let here = (self.burst - inside).min(self.bytes.len() - at);
+        match inside == 0 && self.came.load(SeqCst) != at {
+            true => 0,
+            false => here,
+        }
+    }
+
     fn take(&self, to: &mut [u8], most: usize) -> usize {
-        let rest = &self.bytes[self.at.load(SeqCst)..];
-        let len = rest.len().min(to.len()).min(most);
-        to[..len].copy_from_slice(&rest[..len]);
-        self.at.fetch_add(len, SeqCst);
+        let at = self.at.load(SeqCst);
+        let len = self.here().min(to.len()).min(most);
+        to[..len].copy_from_slice(&self.bytes[at..at + len]);
+        self.at.store(at + len, SeqCst);
         len
     }
 }
@@ -261,19 +308,26 @@ impl Torrent {
 impl Socket for Torrent {
     fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
         let asked = self.asked.fetch_add(1, SeqCst) + 1;
-        (!asked.is_multiple_of(self.pause)).then(|| self.take(to, self.most))
+        let gives = self.here() > 0 && !asked.is_multiple_of(self.pause);
+        gives.then(|| self.take(to, self.most))
     }
     fn at_hand(&self) -> Option<u64> {
-        Some((self.bytes.len() - self.at.load(SeqCst)) as u64)
+        Some(self.here() as u64)
     }
 }
 
 impl AsyncRead for Torrent {
     fn poll_read(
         self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        cx: &mut Context<'_>,
         buf: &mut tokio::io::ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let at = self.at.load(SeqCst);
+        if self.here() == 0 && at < self.bytes.len() {
+            self.came.store(at, SeqCst);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let came = self.take(buf.initialize_unfilled(), usize::MAX);
         buf.advance(came);
         Poll::Ready(Ok(()))
@@ -286,6 +340,8 @@ impl AsyncWrite for Torrent {
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        let at = self.at.load(SeqCst);
+        let _ = self.answered.compare_exchange(0, at, SeqCst, SeqCst);
         Poll::Ready(Ok(bytes.len()))
     }
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -296,28 +352,19 @@ impl AsyncWrite for Torrent {
     }
 }
 
-/// Serves a client that sends nothing but `count` writes of all of the disk. Answers how often others had a turn meanwhile.
-async fn serve_torrent(
-    device: &Device<Lender>,
-    data: &[u8],
-    count: usize,
-    most: usize,
-    pause: usize,
-) -> usize {
+fn write(offset: u64, data: &[u8]) -> Vec<u8> {
     let request = Request {
         flags: NONE,
         command: cmd::WRITE,
         cookie: 1,
-        offset: 0,
-        length: SIZE,
+        offset,
+        length: data.len() as u64,
     };
-    let stream = Torrent {
-        bytes: [&request.encode_compact()[..], data].concat().repeat(count),
-        at: 0.into(),
-        asked: 0.into(),
-        most,
-        pause,
-    };
+    [&request.encode_compact()[..], data].concat()
+}
+
+/// Serves a client until it ends. Answers how often others had a turn meanwhile.
+async fn serve(device: &Device<Lender>, stream: Torrent) -> (io::Result<()>, usize) {
     let (_shutdown, environment) = environment(Limits::default());
     let session = session(MODES[0], SIZE);
     let served = transmission::run(stream, Vec::new(), session, device.clone(), environment);
@@ -326,22 +373,75 @@ async fn serve_torrent(
     loop {
         tokio::select! {
             biased;
-            ended = &mut served => {
-                ended.unwrap().unwrap();
-                return turns;
-            }
+            ended = &mut served => return (ended.unwrap(), turns),
             () = tokio::task::yield_now() => turns += 1,
         }
     }
 }
 
 #[tokio::test]
+async fn a_piece_ends_where_a_unit_does_wherever_it_begins() {
+    for (unit, offset) in [(UNIT, 512), (UNIT, 0), (12288, 0), (12288, 20_000)] {
+        let mut lender = Lender::new(SIZE, SIZE);
+        lender.unit = unit as u32;
+        let device = Device::open(lender).await.unwrap();
+        let end = SIZE - 512;
+        let data = pattern(8, offset, (end - offset) as usize);
+        let stream = Torrent::new(write(offset, &data));
+        serve(&device, stream).await.0.unwrap();
+        let writes = device.get_ref().taken();
+        for (range, _) in &writes {
+            assert!(
+                range.end == end || range.end % unit == 0,
+                "{unit}: {writes:?}"
+            );
+        }
+        assert!(writes.len() > 10, "{writes:?}");
+        let bytes = device.get_ref().bytes.lock().unwrap();
+        assert!(bytes[offset as usize..end as usize] == data);
+    }
+}
+
+#[tokio::test]
+async fn what_comes_in_small_bursts_is_stored_in_pieces_that_are_worth_a_call() {
+    for burst in [1448, 5000, 20_000, 65_000] {
+        let device = Device::open(Lender::new(SIZE, SIZE)).await.unwrap();
+        let data = pattern(9, 0, SIZE as usize);
+        let mut stream = Torrent::new(write(0, &data));
+        stream.burst = burst;
+        serve(&device, stream).await.0.unwrap();
+        let writes = device.get_ref().taken().len() as u64;
+        assert!(
+            writes <= SIZE / (32 << 10) + SIZE / (64 << 10),
+            "{burst}: {writes}"
+        );
+        assert!(*device.get_ref().bytes.lock().unwrap() == data);
+    }
+}
+
+#[tokio::test]
 async fn a_receive_that_ends_early_puts_nothing_in_a_wrong_place() {
     let data = pattern(5, 0, SIZE as usize);
-    for (most, pause) in [(1000, 3), (5000, 7), (70_000, 2), (1 << 20, 5)] {
+    for (most, pause) in [
+        (1000, usize::MAX),
+        (70_000, usize::MAX),
+        (1000, 300),
+        (70_000, 3),
+    ] {
         let device = Device::open(Lender::new(SIZE, SIZE)).await.unwrap();
-        serve_torrent(&device, &data, 1, most, pause).await;
-        assert!(*device.get_ref().bytes.lock().unwrap() == data, "{most}");
+        let mut stream = Torrent::new(write(0, &data));
+        (stream.most, stream.pause) = (most, pause);
+        let served = serve(&device, stream).await.0;
+        let bytes = device.get_ref().bytes.lock().unwrap();
+        if pause == usize::MAX {
+            served.unwrap();
+            assert!(*bytes == data, "{most}");
+            continue;
+        }
+        assert_eq!(served.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        let stored = bytes.iter().zip(&data).take_while(|(a, b)| a == b).count();
+        assert!(stored > most && stored < data.len(), "{stored}");
+        assert!(bytes[stored..].iter().all(|byte| *byte == 0), "{stored}");
     }
 }
 
@@ -349,13 +449,23 @@ async fn a_receive_that_ends_early_puts_nothing_in_a_wrong_place() {
 async fn a_client_that_never_stops_sending_leaves_others_their_turn() {
     let data = pattern(6, 0, SIZE as usize);
     let device = Device::open(Lender::new(SIZE, SIZE)).await.unwrap();
-    let turns = serve_torrent(&device, &data, 8, usize::MAX, usize::MAX).await;
+    let stream = Torrent::new(write(0, &data).repeat(8));
+    let (served, turns) = serve(&device, stream).await;
+    served.unwrap();
     let writes = device.get_ref().taken();
-    let lent: u64 = writes
-        .iter()
-        .filter(|(_, way)| *way == Way::Lent)
-        .map(|(range, _)| range.end - range.start)
-        .sum();
+    let lent = writes.iter().filter(|(_, way)| *way == Way::Lent);
+    let lent: u64 = lent.map(|(range, _)| range.end - range.start).sum();
     assert!(lent > 7 * SIZE, "{lent}");
-    assert!(turns >= 7, "{turns}");
+    assert!(turns >= 6, "{turns}");
+}
+
+#[tokio::test]
+async fn a_reply_does_not_wait_for_all_of_the_write_behind_it() {
+    let device = Device::open(Lender::new(SIZE, SIZE)).await.unwrap();
+    let data = pattern(7, 0, SIZE as usize);
+    let stream = Torrent::new([write(0, &[1; 512]), write(0, &data)].concat());
+    let answered = stream.answered.clone();
+    serve(&device, stream).await.0.unwrap();
+    let answered = answered.load(SeqCst);
+    assert!(0 < answered && answered <= MIB, "{answered}");
 }

@@ -8,7 +8,8 @@ use std::pin::Pin;
 use std::task::Poll;
 
 use userland_io::{
-    Checked, Discard, Engine, ErrorKind, Extents, Geometry, ReadBuf, Result, WriteBuf, WriteFlags,
+    Checked, Discard, Engine, Error, ErrorKind, Extents, Geometry, ReadBuf, Result, WriteBuf,
+    WriteFlags,
 };
 
 use crate::check::{Clause, History, OpId, Request, Shape, Verdict};
@@ -143,12 +144,23 @@ impl Desk<'_> {
                 let now = match id % 4 {
                     1 => front.write_nowait(&buf, offset, *flags),
                     3 => {
-                        let mut from = &content[..];
-                        front.lend_mut(range, *flags, &mut |memory| {
-                            let (piece, rest) = from.split_at(memory.len());
-                            memory.copy_from_slice(piece);
+                        // Some senders fail half-way, and then nobody is told that all was written.
+                        let half = content.len() / 2 / shape.cell * shape.cell;
+                        let mut from = match id % 8 {
+                            7 => &content[..half],
+                            _ => &content[..],
+                        };
+                        let fails = from.len() < content.len();
+                        let lent = front.lend_mut(range, *flags, &mut |memory| {
+                            let (piece, rest) = from.split_at(from.len().min(memory.len()));
+                            memory[..piece.len()].copy_from_slice(piece);
                             from = rest;
-                        })
+                        });
+                        if fails && let Some(Ok(())) = lent {
+                            let failed = Err(Error::new(ErrorKind::Io, "the sender failed"));
+                            return self.history.borrow_mut().end(id, &failed);
+                        }
+                        lent
                     }
                     _ => None,
                 };

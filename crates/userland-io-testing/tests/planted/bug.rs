@@ -34,4 +34,6 @@ pub(crate) enum Bug {
     NowaitTailLate,
     /// The last block of what was written to lent memory is stored later.
     LentTailLate,
+    /// Memory is lent to be written to without what it holds.
+    LentZeroes,
 }

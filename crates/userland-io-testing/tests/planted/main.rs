@@ -27,7 +27,7 @@ enum Vehicle {
     Journal,
 }
 
-const BUGS: [(Bug, Vehicle, &[Clause]); 28] = {
+const BUGS: [(Bug, Vehicle, &[Clause]); 29] = {
     use Bug::*;
     use Clause::*;
     [
@@ -59,6 +59,7 @@ const BUGS: [(Bug, Vehicle, &[Clause]); 28] = {
         (StaleLend, Vehicle::Pass, LIVE),
         (NowaitTailLate, Vehicle::Pass, LIVE),
         (LentTailLate, Vehicle::Pass, LIVE),
+        (LentZeroes, Vehicle::Pass, LIVE),
     ]
 };
 

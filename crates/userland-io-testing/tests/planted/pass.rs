@@ -206,6 +206,10 @@ impl Filter for Pass {
         let end = range.end.saturating_sub(self.block());
         match self.bug {
             Bug::None => self.lower.lend_mut(range, flags, from),
+            Bug::LentZeroes => self.lower.lend_mut(range, flags, &mut |memory| {
+                memory.fill(0);
+                from(memory);
+            }),
             Bug::LentTailLate if end > range.start => {
                 let written = self.lower.lend_mut(range.start..end, flags, from)?;
                 let mut tail = vec![0; (range.end - end) as usize];

@@ -113,7 +113,13 @@ impl From<UnixStream> for Stream {
 impl Socket for Stream {
     // An error is left to the next receive or send, which meets it too.
     fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
-        (&*self.socket()?).read(to).ok()
+        let socket = self.socket()?;
+        loop {
+            match (&*socket).read(to) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                received => return received.ok(),
+            }
+        }
     }
 
     #[cfg(unix)]

@@ -104,10 +104,7 @@ where
             return false;
         }
         let written = self.device.write(bytes, request.offset, flags);
-        // That a write has to be durable says nothing of others.
-        if written.is_some() || !flags.contains(WriteFlags::FUA) {
-            asking.learn(written.is_some());
-        }
+        long_writes::learn(asking, &written, flags);
         let out = &mut self.output;
         match written {
             Some(Ok(())) => self.replies.success(out, request.tag),

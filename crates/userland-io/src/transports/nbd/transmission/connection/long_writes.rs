@@ -1,26 +1,28 @@
 //! Long writes to a device that need not wait: stored piece by piece, without a buffer of their own.
 //!
-//! Where an engine lends memory to be written to, whole blocks that the socket has are received there; what is less comes by way of the
-//! input, and each receive ends where a block does. Else all of it comes by way of the input, and is stored while it is warm in the
-//! cache. As soon as the device would have to wait, what is left becomes an ordinary write.
+//! Where an engine lends memory to be written to, whole units that the socket has are received there, if that is worth a call; what is less
+//! comes by way of the input, and each receive ends where a unit does. Else all of it comes by way of the input, and is stored while
+//! it is warm in the cache. As soon as the device would have to wait, what is left becomes an ordinary write.
 //!
 //! A long write is no more atomic than that anyway; of what the engine claims to be atomic, a piece has whole units.
 
 use std::future::Future;
+use std::io;
 use std::task::Context;
 
 use super::super::super::socket::Socket;
 use super::super::command::{Done, Failure, Job};
+use super::super::nowait::Asking;
 use super::super::pool::footprint;
 use super::super::request::Request;
 use super::{Connection, Phase, TURN, Wants, give_way};
-use crate::{Error, Geometry, WriteFlags};
+use crate::{Error, Geometry, Result, WriteFlags};
 
 /// Shorter writes are gathered whole.
-pub(super) const LONG: usize = 64 << 10;
-/// The shortest piece but for the last, in bytes: shorter ones are not worth a call.
+pub(super) const LONG: usize = 32 << 10;
+/// The shortest piece but for the last, in bytes: shorter ones are not worth a call, unless what follows can be received to the
+/// engine's memory then.
 const SHORTEST: u64 = 32 << 10;
-
 /// The most that is received to the engine's memory at a time, in bytes: its lock may be held meanwhile.
 const LONGEST_LENT: u64 = 256 << 10;
 
@@ -45,6 +47,13 @@ pub(super) fn unit(geometry: &Geometry) -> Option<u64> {
     (unit <= SHORTEST && geometry.memory_alignment <= 1).then_some(unit)
 }
 
+/// Takes the answer. That a write has to be durable says nothing of others.
+pub(super) fn learn(asking: &mut Asking, written: &Option<Result>, flags: WriteFlags) {
+    if written.is_some() || !flags.contains(WriteFlags::FUA) {
+        asking.learn(written.is_some());
+    }
+}
+
 impl LongWrite {
     /// The length of the next piece where `here` bytes of the rest are at hand; 0 if more have to come first.
     fn piece(&self, here: u64) -> u64 {
@@ -55,11 +64,11 @@ impl LongWrite {
         (end - end % self.unit).saturating_sub(self.rest.offset)
     }
 
-    /// How many bytes there are from what is at hand to where the next piece may end.
-    pub(super) fn to_end_of_unit(&self, here: u64) -> u64 {
-        let end = self.rest.offset + here;
-        let left = self.rest.length.saturating_sub(here);
-        left.min(self.unit - end % self.unit)
+    /// How many bytes may come by way of the input, beyond the `here` that are at hand: to the end of the first unit, or of the piece.
+    pub(super) fn most(&self, here: u64) -> u64 {
+        let first = self.rest.offset + if here == 0 { 1 } else { here.max(SHORTEST) };
+        let end = first.next_multiple_of(self.unit);
+        (end - self.rest.offset).min(self.rest.length) - here
     }
 
     /// Drops what follows.
@@ -80,38 +89,45 @@ where
     F: Future<Output = Done>,
     G: FnMut(Job) -> F,
 {
-    /// Stores what has come of `write`, and says what has to come before it goes on, if anything.
+    /// Stores what has come of `write`, and says what has to come before it goes on, if anything. `moved` is set if there is more to do.
     pub(super) fn write_pieces(
         &mut self,
         cx: &mut Context<'_>,
         mut write: LongWrite,
+        moved: &mut bool,
     ) -> Option<Wants> {
         while write.rest.length > 0 {
-            if write.is_lent && self.input.bytes().is_empty() {
-                if self.moved_lent >= TURN {
-                    give_way(cx);
-                    self.phase = Phase::LongWrite(write);
-                    return Some(Wants::Nothing);
-                }
-                if self.receive_lent(&mut write) {
-                    continue;
-                }
-            }
             let here = self.input.bytes();
-            let len = match (&write.failed, write.piece(here.len() as u64)) {
-                (Some(_), _) => write.rest.length.min(here.len() as u64),
-                (None, piece) if write.is_lent || piece >= SHORTEST.min(write.rest.length) => piece,
-                (None, _) => 0,
+            let whole = write.piece(here.len() as u64);
+            let lendable = self.lendable(&mut write);
+            let len = match &write.failed {
+                Some(_) => write.rest.length.min(here.len() as u64),
+                None if lendable > 0 || whole >= SHORTEST.min(write.rest.length) => whole,
+                None => 0,
             };
             // No longer than what is at hand.
             let bytes = &here[..len as usize];
             if bytes.is_empty() {
-                self.phase = Phase::LongWrite(write);
-                return Some(Wants::Input);
+                if lendable == 0 {
+                    self.phase = Phase::LongWrite(write);
+                    return Some(Wants::Input);
+                }
+                if self.moved_lent >= TURN {
+                    give_way(cx);
+                } else {
+                    self.receive_lent(&mut write, lendable);
+                    *moved = true;
+                }
+                if write.rest.length > 0 {
+                    // Replies that wait do not wait for all of this write.
+                    self.phase = Phase::LongWrite(write);
+                    return Some(Wants::Nothing);
+                }
+                continue;
             }
             if write.failed.is_none() {
                 let written = self.device.write(bytes, write.rest.offset, write.flags);
-                self.long_writes_now.learn(written.is_some());
+                learn(&mut self.long_writes_now, &written, write.flags);
                 match written {
                     Some(Ok(())) => {}
                     Some(Err(error)) => write.fail(error),
@@ -132,41 +148,54 @@ where
         None
     }
 
-    /// Receives what the socket has of `write`, in whole units, to where the engine keeps it. False if that is nothing.
-    fn receive_lent(&mut self, write: &mut LongWrite) -> bool {
-        let stream = &self.stream;
-        let Some(here) = stream.at_hand() else {
-            self.long_writes_lent.learn(false);
-            write.is_lent = false;
-            return false;
-        };
-        let len = write.piece(here).min(LONGEST_LENT);
-        if len == 0 {
-            return false;
+    /// How many bytes behind those at hand can be received to the engine's memory: whole units, if they are worth a call.
+    fn lendable(&self, write: &mut LongWrite) -> u64 {
+        let here = self.input.bytes().len() as u64;
+        let left = write.rest.length.saturating_sub(here);
+        let is_next = left > 0 && (here == 0 || write.piece(here) == here);
+        if !write.is_lent || !is_next {
+            return 0;
         }
+        let Some(more) = self.stream.at_hand() else {
+            write.is_lent = false;
+            return 0;
+        };
+        let end = write.piece(here + more.min(LONGEST_LENT));
+        match end.saturating_sub(here) {
+            len if len >= SHORTEST.min(left) => len,
+            _ => 0,
+        }
+    }
+
+    /// Receives the next `len` bytes of `write`, which the socket has, to where the engine keeps them.
+    fn receive_lent(&mut self, write: &mut LongWrite, len: u64) {
+        let (stream, mut came, mut is_all) = (&self.stream, 0, true);
         let range = write.rest.offset..write.rest.offset + len;
-        let (mut came, mut is_all) = (0, true);
         let written = self.device.lend_mut(range, write.flags, &mut |memory| {
             let mut at = 0;
-            // A receive may end early; and a client can see to it that less is there than the system says.
+            // A receive may end early.
             while is_all && at < memory.len() {
                 let more = stream.receive_now(&mut memory[at..]).unwrap_or(0);
                 is_all = more > 0;
                 at += more;
             }
-            came += at;
+            came += at as u64;
         });
-        self.long_writes_lent.learn(written.is_some());
-        write.advance(came as u64);
-        self.moved_bytes += came;
-        self.moved_lent += came;
+        learn(&mut self.long_writes_lent, &written, write.flags);
+        write.advance(came);
+        self.moved_bytes += came as usize;
+        self.moved_lent += came as usize;
         self.was_direct |= came > 0;
         match written {
+            // A client can bring that about, with urgent bytes. Others may have written meanwhile to where it stopped.
+            _ if !is_all => {
+                let error = "the socket had less than it said";
+                self.lose(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
             Some(Ok(())) => {}
             Some(Err(error)) => write.fail(error),
             None => write.is_lent = false,
         }
-        came > 0
     }
 
     /// Makes the rest of `write` an ordinary write.

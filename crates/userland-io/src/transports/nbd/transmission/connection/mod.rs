@@ -125,7 +125,7 @@ enum Phase {
 /// What a round needs from the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wants {
-    /// Nothing: no request can be taken now.
+    /// Nothing: no request can be taken now, or one goes on after others' turn.
     Nothing,
     /// Anything.
     Input,
@@ -338,7 +338,7 @@ where
                 Phase::LongWrite(_) => {
                     let phase = std::mem::replace(&mut self.phase, Phase::Header);
                     if let Phase::LongWrite(write) = phase
-                        && let Some(wants) = self.write_pieces(cx, write)
+                        && let Some(wants) = self.write_pieces(cx, write, moved)
                     {
                         break wants;
                     }

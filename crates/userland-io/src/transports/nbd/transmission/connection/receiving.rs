@@ -103,9 +103,9 @@ where
     /// How many bytes the next receive may bring by way of the input.
     fn most(&self) -> usize {
         match &self.phase {
-            // At most a unit.
+            // No longer than a piece.
             Phase::LongWrite(write) if write.is_lent => {
-                write.to_end_of_unit(self.input.bytes().len() as u64) as usize
+                write.most(self.input.bytes().len() as u64) as usize
             }
             _ if self.was_direct => AFTER_DIRECT + self.header_length(),
             _ => usize::MAX,
