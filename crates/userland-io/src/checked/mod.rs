@@ -118,6 +118,7 @@ impl<E: Engine> Checked<E> {
 
     /// What a mutation of `range` that does not wait goes to the engine with: a place and flags. `None` for what is refused,
     /// empty, to be cut, to be flushed behind, or to wait.
+    #[inline]
     fn enter_now(&self, range: Range<u64>, flags: WriteFlags) -> Option<(Guard<'_>, WriteFlags)> {
         self.open().and_then(|()| self.writable()).ok()?;
         let (flags, flush) = self.split_fua(flags & WriteFlags::FUA);

@@ -163,6 +163,7 @@ impl Memory {
     }
 
     /// Has `put` write the next `len` bytes from `offset` on at once, part by part, and leaves none of them beyond the end.
+    #[inline]
     fn put_turn(&self, offset: u64, len: u64, mut put: impl FnMut(&mut [u8])) -> Result {
         self.check(offset, len)?;
         let (mut at, end) = (offset, offset + len);
