@@ -101,7 +101,7 @@ pub trait Engine: Send + Sync + 'static {
     /// failed, and nobody is told that this was written.
     ///
     /// # Errors
-    /// As [`write`](Self::write). The edge makes it an error, too, if less was lent than `range` is long.
+    /// As [`write`](Self::write). The edge makes it an error, too, if less or more was lent than `range` is long.
     ///
     /// If left out: never, and everybody writes. So does a layer that leaves it out: nothing passes its `write` by.
     fn lend_mut(

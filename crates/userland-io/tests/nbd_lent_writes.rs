@@ -232,6 +232,9 @@ async fn of_a_write_whose_client_vanishes_whole_units_are_stored() {
 async fn a_client_that_sends_less_than_the_system_says_is_cut_off() {
     let device = Device::open(Lender::new(SIZE, SIZE)).await.unwrap();
     let (mut peer, socket) = Peer::with_socket(&device, session(MODES[0], SIZE));
+    // All of it must be there at a time.
+    let socket = SockRef::from(&socket);
+    socket.set_send_buffer_size(512 << 10).unwrap();
     let data = pattern(4, 0, 400_000);
     let (_, head) = peer.head(cmd::WRITE, NONE, 0, data.len() as u64);
     peer.writer.write_all(&head).await.unwrap();
@@ -239,7 +242,7 @@ async fn a_client_that_sends_less_than_the_system_says_is_cut_off() {
     settle().await;
     let last = 16 * UNIT as usize - 1;
     peer.writer.write_all(&data[..last]).await.unwrap();
-    if let Err(error) = SockRef::from(&socket).send_out_of_band(b"!") {
+    if let Err(error) = socket.send_out_of_band(b"!") {
         return need::impossible(&format!("urgent bytes through a Unix socket: {error}"));
     }
     let served = tokio::time::timeout(Duration::from_secs(60), peer.server).await;
@@ -463,7 +466,9 @@ async fn a_client_that_never_stops_sending_leaves_others_their_turn() {
 async fn a_reply_does_not_wait_for_all_of_the_write_behind_it() {
     let device = Device::open(Lender::new(SIZE, SIZE)).await.unwrap();
     let data = pattern(7, 0, SIZE as usize);
-    let stream = Torrent::new([write(0, &[1; 512]), write(0, &data)].concat());
+    // The first receive ends where a unit does, so that the next one is to the engine's memory.
+    let first = [1; UNIT as usize - 2 * Request::COMPACT_LEN];
+    let stream = Torrent::new([write(0, &first), write(0, &data)].concat());
     let answered = stream.answered.clone();
     serve(&device, stream).await.0.unwrap();
     let answered = answered.load(SeqCst);

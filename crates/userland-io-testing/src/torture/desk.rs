@@ -145,7 +145,9 @@ impl Desk<'_> {
                     1 => front.write_nowait(&buf, offset, *flags),
                     3 => {
                         // Some senders fail half-way, and then nobody is told that all was written.
-                        let half = content.len() / 2 / shape.cell * shape.cell;
+                        let unit = front.geometry().atomic_write_unit.max(shape.cell as u32);
+                        let half = offset + content.len() as u64 / 2;
+                        let half = (half - half % u64::from(unit)).saturating_sub(offset) as usize;
                         let mut from = match id % 8 {
                             7 => &content[..half],
                             _ => &content[..],

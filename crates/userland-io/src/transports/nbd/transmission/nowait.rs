@@ -66,6 +66,28 @@ impl Asking {
     }
 }
 
+/// Longer writes are not done without waiting by some engines that do shorter ones, in bytes.
+const SHORT: usize = 64 << 10;
+
+/// What a connection learned about writes: some engines do without waiting only what is short, or need not be durable.
+#[derive(Debug, Default)]
+pub(super) struct AskingToWrite {
+    short: Asking,
+    long: Asking,
+    durable: Asking,
+}
+
+impl AskingToWrite {
+    /// What was learned about such writes of `length` bytes.
+    pub(super) fn of(&mut self, length: usize, flags: WriteFlags) -> &mut Asking {
+        match flags.contains(WriteFlags::FUA) {
+            true => &mut self.durable,
+            false if length <= SHORT => &mut self.short,
+            false => &mut self.long,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,7 +9,7 @@ use super::super::command::{Done, Failure, Job};
 use super::super::output;
 use super::super::pool::footprint;
 use super::super::request::{Command, Request};
-use super::{Connection, TURN, long_writes};
+use super::{Connection, TURN};
 use crate::WriteFlags;
 
 /// Shorter reads, beyond those that are copied beside their headers, are sent with others rather than by a call of their own.
@@ -95,16 +95,12 @@ where
         let Some(bytes) = self.input.bytes().get(place) else {
             return false;
         };
-        // Some engines do without waiting only what is short.
-        let asking = match bytes.len() > long_writes::LONG {
-            true => &mut self.long_writes_now,
-            false => &mut self.writes,
-        };
+        let asking = self.writes.of(bytes.len(), flags);
         if !self.writes_in_place || bytes.is_empty() || !asking.ask() {
             return false;
         }
         let written = self.device.write(bytes, request.offset, flags);
-        long_writes::learn(asking, &written, flags);
+        asking.learn(written.is_some());
         let out = &mut self.output;
         match written {
             Some(Ok(())) => self.replies.success(out, request.tag),

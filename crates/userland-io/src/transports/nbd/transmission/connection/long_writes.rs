@@ -1,8 +1,9 @@
 //! Long writes to a device that need not wait: stored piece by piece, without a buffer of their own.
 //!
-//! Where an engine lends memory to be written to, whole units that the socket has are received there, if that is worth a call; what is less
-//! comes by way of the input, and each receive ends where a unit does. Else all of it comes by way of the input, and is stored while
-//! it is warm in the cache. As soon as the device would have to wait, what is left becomes an ordinary write.
+//! Where an engine lends memory to be written to, whole units that the socket has are received there, if they are worth a call. What is
+//! less comes by way of the input, and then each receive ends where a unit does, so that the next may begin there. Else
+//! all of it comes by way of the input, and is stored while it is warm in the cache. As soon as the device would have to wait, what
+//! is left becomes an ordinary write.
 //!
 //! A long write is no more atomic than that anyway; of what the engine claims to be atomic, a piece has whole units.
 
@@ -12,19 +13,27 @@ use std::task::Context;
 
 use super::super::super::socket::Socket;
 use super::super::command::{Done, Failure, Job};
-use super::super::nowait::Asking;
 use super::super::pool::footprint;
 use super::super::request::Request;
 use super::{Connection, Phase, TURN, Wants, give_way};
-use crate::{Error, Geometry, Result, WriteFlags};
+use crate::{Error, Geometry, WriteFlags};
 
 /// Shorter writes are gathered whole.
-pub(super) const LONG: usize = 32 << 10;
+pub(super) const LONG: usize = SHORTEST as usize;
 /// The shortest piece but for the last, in bytes: shorter ones are not worth a call, unless what follows can be received to the
 /// engine's memory then.
 const SHORTEST: u64 = 32 << 10;
 /// The most that is received to the engine's memory at a time, in bytes: its lock may be held meanwhile.
 const LONGEST_LENT: u64 = 256 << 10;
+
+/// How writes are taken apart.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pieces {
+    /// What pieces end at multiples of, in bytes.
+    unit: u64,
+    /// The most that is received to the engine's memory at a time, in bytes.
+    longest_lent: u64,
+}
 
 /// A write that is under way.
 #[derive(Debug)]
@@ -32,49 +41,61 @@ pub(super) struct LongWrite {
     /// What is left to be written.
     pub(super) rest: Request,
     pub(super) flags: WriteFlags,
-    /// What pieces end at multiples of, in bytes.
-    pub(super) unit: u64,
+    pub(super) pieces: Pieces,
     /// The engine may lend memory to be written to.
-    pub(super) is_lent: bool,
+    pub(super) may_lend: bool,
     /// How a piece has failed: what follows is dropped.
     pub(super) failed: Option<Error>,
 }
 
-/// What pieces end at multiples of, in bytes; `None` if there can be none.
-pub(super) fn unit(geometry: &Geometry) -> Option<u64> {
-    let whole = geometry.logical_block_size.max(geometry.atomic_write_unit);
-    let unit = 4096_u64.next_multiple_of(u64::from(whole.max(1)));
-    (unit <= SHORTEST && geometry.memory_alignment <= 1).then_some(unit)
+/// How a write goes on.
+#[derive(Debug)]
+enum Next {
+    /// So many of the bytes at hand are stored, or dropped.
+    Take(u64),
+    /// The next so many bytes, of which none is at hand, are received to the engine's memory.
+    Receive(u64),
+    /// More has to come by way of the input.
+    Wait,
 }
 
-/// Takes the answer. That a write has to be durable says nothing of others.
-pub(super) fn learn(asking: &mut Asking, written: &Option<Result>, flags: WriteFlags) {
-    if written.is_some() || !flags.contains(WriteFlags::FUA) {
-        asking.learn(written.is_some());
+impl Pieces {
+    /// As an engine of `geometry` has them; `None` if there can be none.
+    pub(super) fn of(geometry: &Geometry) -> Option<Self> {
+        let whole = geometry.logical_block_size.max(geometry.atomic_write_unit);
+        let unit = 4096_u64.next_multiple_of(u64::from(whole.max(1)));
+        let longest_lent = match geometry.max_transfer {
+            0 => LONGEST_LENT,
+            most => LONGEST_LENT.min(most.into()),
+        };
+        (unit <= SHORTEST && geometry.memory_alignment <= 1)
+            .then_some(Pieces { unit, longest_lent })
     }
 }
 
 impl LongWrite {
-    /// The length of the next piece where `here` bytes of the rest are at hand; 0 if more have to come first.
-    fn piece(&self, here: u64) -> u64 {
-        if here >= self.rest.length {
+    /// How many of the next `count` bytes are in whole units. The last unit ends where the write does.
+    fn whole_units(&self, count: u64) -> u64 {
+        if count >= self.rest.length {
             return self.rest.length;
         }
-        let end = self.rest.offset + here;
-        (end - end % self.unit).saturating_sub(self.rest.offset)
+        let end = self.rest.offset + count;
+        (end - end % self.pieces.unit).saturating_sub(self.rest.offset)
     }
 
-    /// How many bytes may come by way of the input, beyond the `here` that are at hand: to the end of the first unit, or of the piece.
+    /// How many bytes may come by way of the input, where `here` of the rest are at hand: if none, a unit, behind which the next
+    /// receive may be one to the engine's memory; else what makes a piece that is worth a call.
     pub(super) fn most(&self, here: u64) -> u64 {
-        let first = self.rest.offset + if here == 0 { 1 } else { here.max(SHORTEST) };
-        let end = first.next_multiple_of(self.unit);
-        (end - self.rest.offset).min(self.rest.length) - here
+        let enough = if here == 0 { 1 } else { here.max(SHORTEST) };
+        let end = (self.rest.offset + enough).next_multiple_of(self.pieces.unit);
+        let count = (end - self.rest.offset).min(self.rest.length);
+        count.saturating_sub(here)
     }
 
     /// Drops what follows.
     fn fail(&mut self, error: Error) {
         self.failed = Some(error);
-        self.is_lent = false;
+        self.may_lend = false;
     }
 
     fn advance(&mut self, len: u64) {
@@ -89,7 +110,7 @@ where
     F: Future<Output = Done>,
     G: FnMut(Job) -> F,
 {
-    /// Stores what has come of `write`, and says what has to come before it goes on, if anything. `moved` is set if there is more to do.
+    /// Stores what has come of `write`, and says what has to come before it goes on, if anything. Sets `moved` if bytes came.
     pub(super) fn write_pieces(
         &mut self,
         cx: &mut Context<'_>,
@@ -97,45 +118,39 @@ where
         moved: &mut bool,
     ) -> Option<Wants> {
         while write.rest.length > 0 {
-            let here = self.input.bytes();
-            let whole = write.piece(here.len() as u64);
-            let lendable = self.lendable(&mut write);
-            let len = match &write.failed {
-                Some(_) => write.rest.length.min(here.len() as u64),
-                None if lendable > 0 || whole >= SHORTEST.min(write.rest.length) => whole,
-                None => 0,
-            };
-            // No longer than what is at hand.
-            let bytes = &here[..len as usize];
-            if bytes.is_empty() {
-                if lendable == 0 {
+            match self.next(&write) {
+                Next::Wait => {
                     self.phase = Phase::LongWrite(write);
                     return Some(Wants::Input);
                 }
-                if self.moved_lent >= TURN {
-                    give_way(cx);
-                } else {
-                    self.receive_lent(&mut write, lendable);
-                    *moved = true;
-                }
-                if write.rest.length > 0 {
+                Next::Receive(len) => {
+                    if self.moved_lent >= TURN {
+                        give_way(cx);
+                    } else {
+                        self.receive_lent(&mut write, len);
+                        *moved = true;
+                    }
                     // Replies that wait do not wait for all of this write.
                     self.phase = Phase::LongWrite(write);
                     return Some(Wants::Nothing);
                 }
-                continue;
-            }
-            if write.failed.is_none() {
-                let written = self.device.write(bytes, write.rest.offset, write.flags);
-                learn(&mut self.long_writes_now, &written, write.flags);
-                match written {
-                    Some(Ok(())) => {}
-                    Some(Err(error)) => write.fail(error),
-                    None => return self.wait_for_rest(cx, write),
+                Next::Take(len) => {
+                    // No longer than what is at hand.
+                    let bytes = &self.input.bytes()[..len as usize];
+                    if write.failed.is_none() {
+                        let written = self.device.write(bytes, write.rest.offset, write.flags);
+                        let asking = self.writes.of(bytes.len(), write.flags);
+                        asking.learn(written.is_some());
+                        match written {
+                            Some(Ok(())) => {}
+                            Some(Err(error)) => write.fail(error),
+                            None => return self.wait_for_rest(cx, write),
+                        }
+                    }
+                    self.input.consume(len as usize);
+                    write.advance(len);
                 }
             }
-            self.input.consume(len as usize);
-            write.advance(len);
         }
         match write.failed {
             None => self.replies.success(&mut self.output, write.rest.tag),
@@ -148,58 +163,73 @@ where
         None
     }
 
-    /// How many bytes behind those at hand can be received to the engine's memory: whole units, if they are worth a call.
-    fn lendable(&self, write: &mut LongWrite) -> u64 {
+    fn next(&self, write: &LongWrite) -> Next {
         let here = self.input.bytes().len() as u64;
-        let left = write.rest.length.saturating_sub(here);
-        let is_next = left > 0 && (here == 0 || write.piece(here) == here);
-        if !write.is_lent || !is_next {
-            return 0;
+        let left = write.rest.length;
+        if write.failed.is_some() {
+            return match here.min(left) {
+                0 => Next::Wait,
+                len => Next::Take(len),
+            };
         }
-        let Some(more) = self.stream.at_hand() else {
-            write.is_lent = false;
-            return 0;
-        };
-        let end = write.piece(here + more.min(LONGEST_LENT));
-        match end.saturating_sub(here) {
-            len if len >= SHORTEST.min(left) => len,
-            _ => 0,
+        let whole = write.whole_units(here);
+        if whole >= SHORTEST.min(left) {
+            return Next::Take(whole);
+        }
+        // Only behind a whole unit can the next begin.
+        if !write.may_lend || whole < here {
+            return Next::Wait;
+        }
+        let more = self.stream.at_hand().unwrap_or(0);
+        let more = more.min(write.pieces.longest_lent);
+        let lent = write.whole_units(here + more) - whole;
+        match (lent >= SHORTEST.min(left - here), here) {
+            (false, _) => Next::Wait,
+            (true, 0) => Next::Receive(lent),
+            (true, _) => Next::Take(whole),
         }
     }
 
     /// Receives the next `len` bytes of `write`, which the socket has, to where the engine keeps them.
     fn receive_lent(&mut self, write: &mut LongWrite, len: u64) {
-        let (stream, mut came, mut is_all) = (&self.stream, 0, true);
-        let range = write.rest.offset..write.rest.offset + len;
-        let written = self.device.lend_mut(range, write.flags, &mut |memory| {
-            let mut at = 0;
-            // A receive may end early.
-            while is_all && at < memory.len() {
-                let more = stream.receive_now(&mut memory[at..]).unwrap_or(0);
-                is_all = more > 0;
-                at += more;
-            }
-            came += at as u64;
-        });
-        learn(&mut self.long_writes_lent, &written, write.flags);
+        let (stream, mut came, mut is_there) = (&self.stream, 0, true);
+        let offset = write.rest.offset;
+        let written = self
+            .device
+            .lend_mut(offset..offset + len, write.flags, &mut |memory| {
+                let mut at = 0;
+                // A receive may end early.
+                while is_there && at < memory.len() {
+                    let more = stream.receive_now(&mut memory[at..]).unwrap_or(0);
+                    is_there = more > 0;
+                    at += more;
+                }
+                came += at as u64;
+            });
+        let asking = self.lent_writes.of(len as usize, write.flags);
+        asking.learn(written.is_some());
         write.advance(came);
         self.moved_bytes += came as usize;
         self.moved_lent += came as usize;
         self.was_direct |= came > 0;
         match written {
-            // A client can bring that about, with urgent bytes. Others may have written meanwhile to where it stopped.
-            _ if !is_all => {
-                let error = "the socket had less than it said";
+            // A client can bring that about, with urgent bytes. The rest of a block would be another write, after others' to it.
+            _ if !is_there => {
+                let error = format!(
+                    "the socket announced {len} bytes, to be written at {offset}, and had {came}"
+                );
                 self.lose(io::Error::new(io::ErrorKind::InvalidData, error));
             }
             Some(Ok(())) => {}
             Some(Err(error)) => write.fail(error),
-            None => write.is_lent = false,
+            None => write.may_lend = false,
         }
     }
 
     /// Makes the rest of `write` an ordinary write.
-    fn wait_for_rest(&mut self, cx: &mut Context<'_>, write: LongWrite) -> Option<Wants> {
+    fn wait_for_rest(&mut self, cx: &mut Context<'_>, mut write: LongWrite) -> Option<Wants> {
+        // What it stands in line for is not to be kept for as long as the client sends.
+        write.may_lend = false;
         // No longer than the longest request, which is 32 bits.
         let length = write.rest.length as usize;
         if self.take(cx, footprint(length)).is_pending() {
@@ -213,5 +243,55 @@ where
             charge: 0,
         };
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::request::{Command, Tag};
+    use super::*;
+
+    fn write(unit: u64, offset: u64, length: u64) -> LongWrite {
+        let flags = WriteFlags::empty();
+        LongWrite {
+            rest: Request {
+                tag: Tag { cookie: 0, offset },
+                command: Command::Write(flags),
+                offset,
+                length,
+            },
+            flags,
+            pieces: Pieces {
+                unit,
+                longest_lent: LONGEST_LENT,
+            },
+            may_lend: true,
+            failed: None,
+        }
+    }
+
+    #[test]
+    fn what_comes_by_way_of_the_input_ends_where_a_unit_does() {
+        for (unit, offset) in [(4096, 0), (4096, 512), (12288, 40_000), (32768, 32767)] {
+            let length = 200_000;
+            let write = write(unit, offset, length);
+            for here in (0..2 * length).step_by(509) {
+                let most = write.most(here);
+                // Requests behind it may be at hand, too.
+                assert_eq!(most == 0, here >= length, "{unit}, {offset}: {here}");
+                let end = offset + here + most;
+                let is_end = end.is_multiple_of(unit) || end == offset + length;
+                assert!(
+                    is_end || here >= length,
+                    "{unit}, {offset}: {here} + {most}"
+                );
+                assert!(most <= SHORTEST + unit);
+                let whole = write.whole_units(here);
+                assert!(whole <= here.min(length));
+                let end = offset + whole;
+                let is_end = end.is_multiple_of(unit) || whole == length;
+                assert!(is_end || whole == 0, "{unit}, {offset}: {here}, {whole}");
+            }
+        }
     }
 }

@@ -26,7 +26,7 @@ use super::holes::Holes;
 use super::input::Input;
 use super::kits::{Kit, Kits};
 use super::linger::Linger;
-use super::nowait::{Asking, Nowait};
+use super::nowait::{Asking, AskingToWrite, Nowait};
 use super::output::Output;
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
@@ -34,7 +34,7 @@ use super::request::{self, Command, Refusal, Request, Tag};
 use super::status;
 use crate::{Features, Geometry, Slots};
 use leaving::{Farewell, State};
-use long_writes::{LONG, LongWrite};
+use long_writes::{LONG, LongWrite, Pieces};
 use receiving::give_way;
 
 /// No request is started while so many bytes wait to be sent, in the case that every request
@@ -60,9 +60,8 @@ pub(super) struct Connection<'a, S, F, G> {
     device: &'a dyn Nowait,
     reads: Asking,
     long_reads_now: Asking,
-    writes: Asking,
-    long_writes_now: Asking,
-    long_writes_lent: Asking,
+    writes: AskingToWrite,
+    lent_writes: AskingToWrite,
     slots: Slots<F>,
     input: Input,
     output: Output,
@@ -77,8 +76,8 @@ pub(super) struct Connection<'a, S, F, G> {
     holes: Option<Holes>,
     /// What is written may stay where it was received.
     writes_in_place: bool,
-    /// What the pieces of a long write end at multiples of, if it may be in pieces.
-    piece_unit: Option<u64>,
+    /// How a long write is taken apart, if it may be.
+    pieces: Option<Pieces>,
     linger: Linger,
     /// Requests since it last lingered.
     begun: usize,
@@ -125,7 +124,7 @@ enum Phase {
 /// What a round needs from the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wants {
-    /// Nothing: no request can be taken now, or one goes on after others' turn.
+    /// Nothing: no request can be taken now, or one has more at hand and goes on in the next round.
     Nothing,
     /// Anything.
     Input,
@@ -160,9 +159,8 @@ where
             device,
             reads: Asking::default(),
             long_reads_now: Asking::default(),
-            writes: Asking::default(),
-            long_writes_now: Asking::default(),
-            long_writes_lent: Asking::default(),
+            writes: AskingToWrite::default(),
+            lent_writes: AskingToWrite::default(),
             slots: Slots::new(limits.max_in_flight.max(1)),
             input: Input::new(input),
             output: Output::new(),
@@ -174,7 +172,7 @@ where
             is_long_reads_turn: false,
             holes: None,
             writes_in_place: false,
-            piece_unit: None,
+            pieces: None,
             linger,
             begun: 0,
             phase: Phase::Header,
@@ -201,7 +199,7 @@ where
         }
         // A payload begins anywhere in what was received.
         self.writes_in_place = geometry.memory_alignment <= 1;
-        self.piece_unit = long_writes::unit(geometry);
+        self.pieces = Pieces::of(geometry);
     }
 
     /// Takes no more requests, and gives those in flight the grace period.
@@ -447,16 +445,17 @@ where
             return Poll::Ready(());
         }
         if length > LONG
-            && let Some(unit) = self.piece_unit
+            && let Some(pieces) = self.pieces
             && let Command::Write(flags) = request.command
-            && self.long_writes_now.ask()
+            && self.writes.of(length, flags).ask()
         {
             self.input.consume(header_length);
             self.phase = Phase::LongWrite(LongWrite {
                 rest: request,
                 flags,
-                unit,
-                is_lent: self.long_writes_lent.ask(),
+                pieces,
+                may_lend: self.lent_writes.of(length, flags).ask()
+                    && self.stream.at_hand().is_some(),
                 failed: None,
             });
             return Poll::Ready(());

@@ -69,9 +69,11 @@ where
         if self.state != State::Serving {
             return false;
         }
+        if wants == Wants::Nothing {
+            return false;
+        }
         let most = self.most();
         let received = match (wants, &mut self.phase) {
-            (Wants::Nothing, _) => return false,
             (Wants::Payload, Phase::Payload { buffer, filled, .. }) => {
                 self.was_direct = true;
                 let received = input::poll_receive(cx, &mut self.stream, &mut buffer[*filled..]);
@@ -103,8 +105,7 @@ where
     /// How many bytes the next receive may bring by way of the input.
     fn most(&self) -> usize {
         match &self.phase {
-            // No longer than a piece.
-            Phase::LongWrite(write) if write.is_lent => {
+            Phase::LongWrite(write) if write.may_lend => {
                 write.most(self.input.bytes().len() as u64) as usize
             }
             _ if self.was_direct => AFTER_DIRECT + self.header_length(),
@@ -114,7 +115,7 @@ where
 
     /// True if what comes now should go to the engine's memory.
     fn is_lent(&self) -> bool {
-        matches!(&self.phase, Phase::LongWrite(write) if write.is_lent)
+        matches!(&self.phase, Phase::LongWrite(write) if write.may_lend)
     }
 }
 
