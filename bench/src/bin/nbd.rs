@@ -93,7 +93,14 @@ fn main() -> io::Result<ExitCode> {
         effort,
         arguments: &arguments,
     };
-    let words: Vec<String> = std::env::args().skip(1).collect();
+    // As a shell takes them.
+    let words: Vec<String> = std::env::args()
+        .skip(1)
+        .map(|word| match word.contains(' ') {
+            true => format!("'{word}'"),
+            false => word,
+        })
+        .collect();
     let mut report = Report {
         machine: machine::Machine::now(),
         command: ["cargo xtask bench nbd", &words.join(" ")]

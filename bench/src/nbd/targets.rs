@@ -69,10 +69,14 @@ impl<'a> Targets<'a> {
         holds: impl Fn(f64) -> bool,
     ) {
         if let Some((value, place)) = measured {
+            let place = match place.is_empty() {
+                true => place,
+                false => format!(" ({place})"),
+            };
             self.list.push(Target {
                 work: work.to_owned(),
                 wanted,
-                measured: format!("{value:.2} ({place})"),
+                measured: format!("{value:.2}{place}"),
                 holds: holds(value),
             });
         }

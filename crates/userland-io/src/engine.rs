@@ -96,9 +96,12 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Does what [`write_nowait`](Self::write_nowait) does, with bytes that `from` puts where they are kept: it is called with the
     /// memory of all of `range`, in order, in one piece or several. A transport that receives them there spares a copy. `from`
-    /// does not wait, so a lock may be held meanwhile, and should be where others would see a block half-way. `None` only before
-    /// `from` is called. Memory comes with what the range holds, for `from` may leave the end of it as it is: then the sender has
-    /// failed, and nobody is told that this was written.
+    /// does not wait, so a lock may be held meanwhile, and must be where others would see what a write must not show them.
+    /// `None` only before `from` is called. Memory comes with what the range holds, for `from` may leave the end of it as it is:
+    /// then the sender has failed. That is answered like any other write, and nobody is told of the answer.
+    ///
+    /// The NBD server asks for parts of writes of more than 32 KiB, by 256 KiB at most, of an engine whose `write_nowait` takes such
+    /// parts, too, whose logical blocks and atomic unit are no longer than 32 KiB, and which has no `memory_alignment`.
     ///
     /// # Errors
     /// As [`write`](Self::write). The edge makes it an error, too, if less or more was lent than `range` is long.
