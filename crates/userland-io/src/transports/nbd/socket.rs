@@ -114,12 +114,7 @@ impl Socket for Stream {
     // An error is left to the next receive or send, which meets it too.
     fn receive_now(&self, to: &mut [u8]) -> Option<usize> {
         let socket = self.socket()?;
-        loop {
-            match (&*socket).read(to) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                received => return received.ok(),
-            }
-        }
+        retry(|| (&*socket).read(to)).ok()
     }
 
     #[cfg(unix)]
@@ -157,6 +152,16 @@ impl Stream {
             #[cfg(target_os = "linux")]
             Stream::Movable(stream) => stream.socket(),
             Stream::Memory(_) => None,
+        }
+    }
+}
+
+/// Makes `call` again for as long as a signal interrupts it.
+pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }

@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::super::parker::Parker;
-use super::super::socket::Company;
+use super::super::socket::{Company, retry};
 use super::seat::Seat;
 
 /// A connection's socket, wherever that is served.
@@ -222,15 +222,6 @@ impl AsyncWrite for Movable {
         match self.socket() {
             Some(socket) => Poll::Ready(socket.shutdown(Shutdown::Write)),
             None => gone(),
-        }
-    }
-}
-
-fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
         }
     }
 }
