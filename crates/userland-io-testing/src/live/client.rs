@@ -12,7 +12,7 @@ use userland_io::{
 use super::record::Record;
 use crate::check::{OpId, Request, Shape};
 use crate::script::{Abandon, Action};
-use crate::torture::desk::{left_alone, request};
+use crate::torture::desk::{left_alone, put, request};
 
 /// A client and what it works on.
 pub(super) struct Client {
@@ -169,11 +169,7 @@ async fn write(front: &Checked<AnyEngine>, bytes: &[u8], offset: u64, flags: Wri
         1 => {
             let mut from = bytes;
             let range = offset..offset + bytes.len() as u64;
-            front.lend_mut(range, flags, &mut |memory| {
-                let (piece, rest) = from.split_at(memory.len());
-                memory.copy_from_slice(piece);
-                from = rest;
-            })
+            front.lend_mut(range, flags, &mut |memory| put(&mut from, memory))
         }
         _ => None,
     };

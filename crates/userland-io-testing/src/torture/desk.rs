@@ -28,6 +28,13 @@ pub(crate) fn left_alone(bytes: &[u8], pattern: [u8; 8]) -> Option<usize> {
     Some(at * 8)
 }
 
+/// Puts what comes next of `from` into lent memory, as far as it goes.
+pub(crate) fn put(from: &mut &[u8], memory: &mut [u8]) {
+    let (piece, rest) = from.split_at(from.len().min(memory.len()));
+    memory[..piece.len()].copy_from_slice(piece);
+    *from = rest;
+}
+
 /// Where the clients of a round meet.
 pub(crate) struct Desk<'a> {
     pub(crate) world: &'a World,
@@ -153,11 +160,8 @@ impl Desk<'_> {
                             _ => &content[..],
                         };
                         let fails = from.len() < content.len();
-                        let lent = front.lend_mut(range, *flags, &mut |memory| {
-                            let (piece, rest) = from.split_at(from.len().min(memory.len()));
-                            memory[..piece.len()].copy_from_slice(piece);
-                            from = rest;
-                        });
+                        let put = &mut |memory: &mut [u8]| put(&mut from, memory);
+                        let lent = front.lend_mut(range, *flags, put);
                         if fails && let Some(Ok(())) = lent {
                             let failed = Err(Error::new(ErrorKind::Io, "the sender failed"));
                             return self.history.borrow_mut().end(id, &failed);
