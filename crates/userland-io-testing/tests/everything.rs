@@ -15,6 +15,7 @@ use userland_io::{AnyEngine, CrashLevel, Error, ErrorKind, Result};
 use userland_io_testing::check::Clause;
 use userland_io_testing::live::{Live, Tokio, through_device};
 use userland_io_testing::nbd::{Clients, through_nbd};
+use userland_io_testing::script::Script;
 use userland_io_testing::stack::simulate;
 use userland_io_testing::{Subject, Torture, conformance};
 
@@ -121,6 +122,18 @@ fn stacks_three_deep() {
         ],
         25,
     );
+}
+
+/// A write that was given up acts until a flush, here long after its script has ended: the next one is not blamed for it.
+#[test]
+fn what_one_script_gave_up_does_not_act_in_the_next() {
+    block_on(async {
+        let subject = real("memory:100K delay:write=10ms", Way::Nbd(1, 4));
+        let script: Script = "seed=1 0:w0+4~1".parse().unwrap();
+        if let Err(failure) = Live::new(&subject, &Tokio).replay(&script, 20).await {
+            panic!("{failure}");
+        }
+    });
 }
 
 fn files(dir: &Path, direct: bool) {

@@ -194,7 +194,10 @@ impl<'s, X: Executor> Live<'s, X> {
         crashes: &mut u64,
     ) -> Result<(), Verdict> {
         let mut now = match session.take() {
-            Some(session) => session,
+            Some(session) => {
+                session.settle(self).await?;
+                session
+            }
             None => Session::begin(self, script.seed).await?,
         };
         now.script(self, script).await?;

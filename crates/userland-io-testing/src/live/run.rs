@@ -59,6 +59,26 @@ impl Session {
         })
     }
 
+    /// Waits for what the clients of a script gave up: of its mutations the next script's history knows nothing. A subject
+    /// that may fail may go on without.
+    pub(super) async fn settle<X: Executor>(&self, live: &Live<'_, X>) -> Result<(), Verdict> {
+        for front in &self.fronts {
+            let mut tries = live.tries();
+            while let Err(error) = front.flush().await {
+                tries -= 1;
+                match tries {
+                    0 if live.errors => break,
+                    0 => {
+                        let what = format!("a flush between two scripts failed: {error}");
+                        return Err(Verdict::new(Clause::Operation, what));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
     pub(super) async fn end<X: Executor>(self, live: &Live<'_, X>) -> Result<(), Verdict> {
         match self.close().await {
             Err(error) if live.errors => {
