@@ -7,6 +7,7 @@ mod at_once;
 mod leaving;
 mod long_writes;
 mod receiving;
+mod starting;
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -19,7 +20,6 @@ use tokio::time::{Instant, Sleep};
 use super::super::limits::{Environment, Limits};
 use super::super::session::{ReplyMode, Session};
 use super::super::socket::Socket;
-use super::super::wire::{self, cmd};
 use super::budget::Account;
 use super::command::{Done, Job, Outcome};
 use super::holes::Holes;
@@ -30,11 +30,10 @@ use super::nowait::{Asking, AskingToWrite, Nowait};
 use super::output::Output;
 use super::pool::{Buffer, Pool, footprint};
 use super::reply::Replies;
-use super::request::{self, Command, Refusal, Request, Tag};
-use super::status;
+use super::request::{Refusal, Request, Tag};
 use crate::{Features, Geometry, Slots};
 use leaving::{Farewell, State};
-use long_writes::{LONG, LongWrite, Pieces};
+use long_writes::{LongWrite, Pieces};
 use receiving::give_way;
 
 /// No request is started while so many bytes wait to be sent, in the case that every request
@@ -42,13 +41,8 @@ use receiving::give_way;
 const GATHERED: usize = 256 << 10;
 /// The same while requests are in flight, which must not run dry behind a long reply.
 const GATHERED_IN_FLIGHT: usize = 4 << 20;
-/// The rest of a payload, if at least this long, is received straight into its buffer; a shorter
-/// one comes along with the requests behind it.
-const DIRECT: usize = 32 << 10;
 /// After so many bytes that were moved past the runtime, others have their turn.
 const TURN: usize = 4 << 20;
-/// A read longer than the longest request is answered in pieces of this many bytes.
-const PIECE: u64 = 4 << 20;
 
 /// One connection. `F` is a request's future, which `G` makes.
 pub(super) struct Connection<'a, S, F, G> {
@@ -279,267 +273,6 @@ where
         moved
     }
 
-    /// Starts the next piece of a long read, if it is its turn.
-    fn start_long_read(&mut self, cx: &mut Context<'_>) -> bool {
-        if !self.is_long_reads_turn || !self.has_room() {
-            return false;
-        }
-        let Some(whole) = self.long_reads.front().copied() else {
-            return false;
-        };
-        let length = whole.length.min(PIECE);
-        if self.take(cx, footprint(length as usize)).is_pending() {
-            return false;
-        }
-        self.long_reads.pop_front();
-        self.is_long_reads_turn = false;
-        let buffer = Some(self.pool.take(length as usize));
-        let ask = self.ask(whole.offset, length);
-        self.start(Job {
-            request: Request { length, ..whole },
-            buffer,
-            received: None,
-            ask,
-            charge: 0,
-            rest: whole.length - length,
-        });
-        true
-    }
-
-    /// Starts what has arrived whole.
-    fn start_requests(&mut self, cx: &mut Context<'_>, moved: &mut bool) -> Wants {
-        let before = (self.is_long_reads_turn, self.long_reads.len());
-        let wants = loop {
-            if self.state != State::Serving {
-                break Wants::Nothing;
-            }
-            match &mut self.phase {
-                Phase::Refused { left, tag, refusal } => {
-                    let here = self.input.bytes().len();
-                    self.input.consume(usize::try_from(*left).unwrap_or(here));
-                    *left = left.saturating_sub(here as u64);
-                    if *left > 0 {
-                        break Wants::Input;
-                    }
-                    self.replies
-                        .error(&mut self.output, *tag, refusal.error, refusal.at, refusal);
-                    self.phase = Phase::Header;
-                }
-                Phase::Payload { buffer, filled, .. } => {
-                    *filled += self.input.take(&mut buffer[*filled..]);
-                    match buffer.len() - *filled {
-                        0 => self.start_with_payload(),
-                        DIRECT.. => break Wants::Payload,
-                        _ => break Wants::Input,
-                    }
-                }
-                Phase::LongWrite(_) => {
-                    let phase = std::mem::replace(&mut self.phase, Phase::Header);
-                    if let Phase::LongWrite(write) = phase
-                        && let Some(wants) = self.write_pieces(cx, write, moved)
-                    {
-                        break wants;
-                    }
-                }
-                Phase::Header => {
-                    let in_flight = self.slots.in_flight() + self.long_reads.len();
-                    if !self.has_room() || in_flight >= self.limits.max_in_flight.max(1) {
-                        break Wants::Nothing;
-                    }
-                    let header = match self.header() {
-                        None => break Wants::Input,
-                        Some(Ok(header)) => header,
-                        Some(Err(error)) => {
-                            self.lose(io::Error::new(io::ErrorKind::InvalidData, error));
-                            continue;
-                        }
-                    };
-                    if self.begin(cx, header).is_pending() {
-                        break Wants::Nothing;
-                    }
-                    self.begun += 1;
-                    self.is_long_reads_turn = true;
-                }
-            }
-        };
-        if wants != Wants::Nothing || self.state != State::Serving {
-            self.is_long_reads_turn = true;
-        }
-        // Nobody would look after what the line brings to who takes no replies and so gets no further, or to who has had done
-        // without memory what it stood in line for.
-        let waits = wants == Wants::Nothing || !self.long_reads.is_empty();
-        if !waits || !self.has_room() {
-            self.account.stop_waiting();
-        }
-        // A turn that came after the long reads were asked in this round.
-        let after = (self.is_long_reads_turn, self.long_reads.len());
-        *moved |= after != before && after.1 > 0;
-        wants
-    }
-
-    /// The next header, if it is there.
-    fn header(&self) -> Option<Result<wire::Request, wire::BadMagic>> {
-        let bytes = self.input.bytes();
-        match self.session.replies {
-            ReplyMode::Extended => bytes.first_chunk().map(wire::Request::decode_extended),
-            _ => bytes.first_chunk().map(wire::Request::decode_compact),
-        }
-    }
-
-    fn header_length(&self) -> usize {
-        match self.session.replies {
-            ReplyMode::Extended => wire::Request::EXTENDED_LEN,
-            _ => wire::Request::COMPACT_LEN,
-        }
-    }
-
-    /// Takes the request of `header`, which is at hand. Pending if there is no memory for it now.
-    fn begin(&mut self, cx: &mut Context<'_>, header: wire::Request) -> Poll<()> {
-        let header_length = self.header_length();
-        if header.command == cmd::DISC {
-            self.input.consume(header_length);
-            self.leave(Farewell::None);
-            return Poll::Ready(());
-        }
-        let payload = request::payload_length(&header, self.session.replies);
-        let maximum = self.limits.max_request;
-        let request = match request::check(&header, self.session, maximum) {
-            Ok(request) => request,
-            Err(refusal) => {
-                self.input.consume(header_length);
-                let tag = (&header).into();
-                if payload > 0 && payload <= self.limits.max_payload_drain {
-                    let left = payload;
-                    self.phase = Phase::Refused { left, tag, refusal };
-                    return Poll::Ready(());
-                }
-                self.replies
-                    .error(&mut self.output, tag, refusal.error, refusal.at, &refusal);
-                if payload > 0 {
-                    let error = format!("a refused payload of {payload} bytes");
-                    self.result = Err(io::Error::new(io::ErrorKind::InvalidData, error));
-                    self.leave(Farewell::Patient);
-                }
-                return Poll::Ready(());
-            }
-        };
-        // From here on the lengths of payloads are at most `maximum`, which is 32 bits.
-        let length = match request.command {
-            Command::Read { .. } if request.length > u64::from(maximum) => {
-                self.input.consume(header_length);
-                self.long_reads.push_back(request);
-                return Poll::Ready(());
-            }
-            Command::Read { .. } => request.length as usize,
-            _ => payload as usize,
-        };
-        let is_done = match request.command {
-            Command::Read { .. } => self.read_now(cx, &request),
-            Command::Write(flags) => {
-                self.write_now(&request, flags, header_length..header_length + length)
-            }
-            _ => false,
-        };
-        if is_done {
-            self.input.consume(header_length + payload as usize);
-            return Poll::Ready(());
-        }
-        if length > LONG
-            && let Some(pieces) = self.pieces
-            && let Command::Write(flags) = request.command
-            && self.writes.of(length, flags).ask()
-        {
-            self.input.consume(header_length);
-            self.phase = Phase::LongWrite(LongWrite {
-                rest: request,
-                flags,
-                pieces,
-                may_lend: self.lent_writes.of(length, flags).ask()
-                    && self.stream.at_hand().is_some(),
-                failed: None,
-            });
-            return Poll::Ready(());
-        }
-        let charge = match request.command {
-            Command::Status { .. } => {
-                self.session.contexts.len()
-                    * status::MOST_EXTENTS
-                    * wire::payload::STATUS_EXT_EXTENT
-            }
-            _ => 0,
-        };
-        let bytes = if length > 0 { footprint(length) } else { 0 };
-        if self.take(cx, bytes + charge).is_pending() {
-            return Poll::Pending;
-        }
-        self.input.consume(header_length);
-        if self.writes_in_place
-            && length > 0
-            && let Command::Write(_) = request.command
-            && let Some(received) = self.input.share(length)
-        {
-            self.start(Job {
-                request,
-                buffer: None,
-                received: Some(received),
-                ask: false,
-                charge: bytes,
-                rest: 0,
-            });
-            return Poll::Ready(());
-        }
-        let buffer = (length > 0).then(|| self.pool.take(length));
-        match buffer {
-            Some(buffer) if payload > 0 => {
-                self.phase = Phase::Payload {
-                    request,
-                    buffer,
-                    filled: 0,
-                    charge,
-                };
-            }
-            buffer => {
-                let ask = matches!(request.command, Command::Read { split: true })
-                    && self.ask(request.offset, request.length);
-                self.start(Job {
-                    request,
-                    buffer,
-                    received: None,
-                    ask,
-                    charge,
-                    rest: 0,
-                });
-            }
-        }
-        Poll::Ready(())
-    }
-
-    fn start_with_payload(&mut self) {
-        if let Phase::Payload {
-            request,
-            buffer,
-            charge,
-            ..
-        } = std::mem::replace(&mut self.phase, Phase::Header)
-        {
-            self.start(Job {
-                request,
-                buffer: Some(buffer),
-                received: None,
-                ask: false,
-                charge,
-                rest: 0,
-            });
-        }
-    }
-
-    fn start(&mut self, job: Job) {
-        let future = (self.make)(job);
-        if let Poll::Ready(done) = self.slots.start(future) {
-            self.finish(done);
-        }
-    }
-
     /// Answers a request that has been run.
     fn finish(&mut self, done: Done) {
         let Job {
@@ -634,11 +367,6 @@ where
             0 => Poll::Ready(()),
             _ => self.account.poll_take(cx, bytes),
         }
-    }
-
-    fn ask(&mut self, offset: u64, length: u64) -> bool {
-        let holes = self.holes.as_mut();
-        holes.is_some_and(|holes| holes.ask(offset, length))
     }
 }
 
