@@ -38,7 +38,8 @@ pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
 
-    /// What to log on stderr, such as `debug` or `userland_io=trace`; the default is the variable ULIO_LOG, else `warn`
+    /// What to log on stderr, such as `debug` or `userland_io=trace`; the default is the variable ULIO_LOG, else `warn` and
+    /// what `stats` layers count
     #[arg(long, global = true, value_name = "FILTER")]
     pub(crate) log: Option<String>,
 }

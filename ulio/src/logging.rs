@@ -10,10 +10,11 @@ use crate::output::Told;
 /// Where the filter comes from if there is no `--log`.
 const VARIABLE: &str = "ULIO_LOG";
 
-/// What a server logs unless told otherwise: failed requests too, since only its clients hear of them else.
-pub(crate) const SERVER: &str = "warn";
+/// What a server logs unless told otherwise: failed requests too, since only its clients hear of them else; and what
+/// `stats` counts, which is in a stack for nothing else.
+pub(crate) const SERVER: &str = "warn,userland_io::stats=info";
 /// What other commands do: the request that fails is their own failure, and told as such.
-pub(crate) const OTHERS: &str = "warn,userland_io::io=off";
+pub(crate) const OTHERS: &str = "warn,userland_io::stats=info,userland_io::io=off";
 
 /// Starts it, with the filter `default` if nobody gives one.
 pub(crate) fn start(option: Option<&str>, default: &str) -> Result<(), Failure> {

@@ -209,6 +209,20 @@ fn either_signal_ends_it_well() {
 
 /// A connected client that says nothing does not keep it from ending.
 #[test]
+fn what_a_stats_layer_counts_is_told_at_the_end() {
+    let ulio = Ulio::new();
+    let server = Server::start(&ulio, "serve memory:1M stats:top stats --listen unix:s", 1);
+    let ended = server.stop();
+    for name in ["top", "stats"] {
+        let line = format!("userland_io::stats: {name}: ");
+        assert!(ended.err.contains(&line), "{ended:#?}");
+    }
+    // Nor do other commands keep it to themselves.
+    let ran = ulio.run("info memory:1M stats:below");
+    assert!(ran.err.contains("below: "), "{ran:#?}");
+}
+
+#[test]
 fn an_idle_client_does_not_hold_it() {
     let ulio = Ulio::new();
     let server = Server::start(&ulio, "serve memory:1M --listen unix:s", 1);
