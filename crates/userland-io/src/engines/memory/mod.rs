@@ -20,8 +20,8 @@ use tokio::sync::Notify;
 
 use crate::give_way::give_way;
 use crate::{
-    CrashLevel, Discard, Engine, ErrorKind, ExtentKind, Extents, Features, Geometry, ReadBuf,
-    Result, WriteBuf, WriteFlags,
+    CrashLevel, Discard, Engine, Error, ErrorKind, ExtentKind, Extents, Features, Geometry,
+    ReadBuf, Result, WriteBuf, WriteFlags,
 };
 use chunk::{CHUNK, PAGE};
 use table::Table;
@@ -43,7 +43,7 @@ const TURN: usize = 1 << 20;
 pub struct Memory {
     table: Table,
     size: AtomicU64,
-    /// One at a time: what one cuts off must be cleared before another brings it back.
+    /// One at a time: what one cuts off must be cleared before another brings it back, by a write that it cut short, too.
     resizing: Mutex<()>,
     resized: Notify,
 }
@@ -179,13 +179,22 @@ impl Memory {
             at += part.len() as u64;
             put(chunk.touch(part));
         }
-        // A resize may have cut the disk short under this write; what it left beyond the end must not come back.
-        let size = self.size.load(Ordering::Acquire);
-        if end > size {
-            self.clear(size.max(offset)..end);
-            return Err(ErrorKind::OutOfRange.into());
+        // A resize may have cut the disk short under this write.
+        match self.size.load(Ordering::Acquire) < end {
+            true => Err(self.cut_short(offset..end)),
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Ends a write to `range` during which the disk was shorter: what it left beyond the end must not come back.
+    #[cold]
+    fn cut_short(&self, range: Range<u64>) -> Error {
+        // Held, so that the disk does not grow meanwhile: what others write there then is theirs.
+        let resizing = self.resizing.lock();
+        let _resizing = resizing.unwrap_or_else(PoisonError::into_inner);
+        let size = self.size.load(Ordering::Acquire);
+        self.clear(size.max(range.start)..range.end);
+        ErrorKind::OutOfRange.into()
     }
 }
 
@@ -552,6 +561,21 @@ mod tests {
         let mut back = vec![1; 15 * CHUNK];
         disk.read(&mut ReadBuf::new(&mut back), C).await.unwrap();
         assert!(back.iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn a_write_that_was_cut_short_leaves_alone_what_others_wrote_since() {
+        let disk = Memory::new(2 * C);
+        // As if it were held up where it has found the disk shorter, while that grows again.
+        disk.resize(C);
+        disk.resize(2 * C);
+        let written = disk.write_nowait(&WriteBuf::new(&[7; 512]), C, WriteFlags::empty());
+        written.unwrap().unwrap();
+        let refused = disk.cut_short(C..C + 512);
+        assert_eq!(refused.kind(), ErrorKind::OutOfRange);
+        let mut kept = false;
+        disk.lend(C..C + 512, &mut |bytes| kept = bytes == [7; 512]);
+        assert!(kept);
     }
 
     #[tokio::test]
