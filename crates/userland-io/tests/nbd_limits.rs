@@ -104,6 +104,34 @@ async fn short_requests_pass_long_reads() {
     peer.leave().await;
 }
 
+/// Long reads count as requests; where they are as many as there may be, they go on all the same.
+#[tokio::test(start_paused = true)]
+async fn as_many_long_reads_as_there_may_be_requests_are_answered() {
+    const SIZE: u64 = 40 << 20;
+    for mode in [MODES[1], MODES[2]] {
+        let (_, device) = rig(SIZE).await;
+        let (shutdown, environment) = limits(|limits| {
+            limits.max_request = 8 << 20;
+            limits.max_in_flight = 2;
+        });
+        let mut peer = Peer::with(&device, session(mode, SIZE), shutdown, environment);
+        let mut sent = Vec::new();
+        for length in [SIZE, SIZE, SIZE, 512] {
+            sent.push(peer.send(cmd::READ, NONE, 0, length, &[]).await);
+        }
+        let mut answered = Vec::new();
+        for _ in &sent {
+            let answer = tokio::time::timeout(Duration::from_secs(60), peer.receive());
+            let (cookie, answer) = answer.await.expect("an answer");
+            assert_eq!(answer.error, 0);
+            answered.push(cookie);
+        }
+        answered.sort_unstable();
+        assert_eq!(answered, sent);
+        peer.leave().await;
+    }
+}
+
 #[tokio::test]
 async fn a_write_that_is_too_long_is_drained_and_refused() {
     for mode in MODES {

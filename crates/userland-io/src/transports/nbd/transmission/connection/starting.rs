@@ -91,7 +91,12 @@ where
                 }
                 Phase::Header => {
                     let in_flight = self.slots.in_flight() + self.long_reads.len();
-                    if !self.has_room() || in_flight >= self.limits.max_in_flight.max(1) {
+                    if in_flight >= self.limits.max_in_flight.max(1) {
+                        // No request comes to give it to them.
+                        self.is_long_reads_turn = true;
+                        break Wants::Nothing;
+                    }
+                    if !self.has_room() {
                         break Wants::Nothing;
                     }
                     let header = match self.header() {
