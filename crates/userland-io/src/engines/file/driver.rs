@@ -31,6 +31,9 @@ use crate::{AlignedBuf, ErrorKind, Result};
 
 /// How many transfers can be under way; more wait in the inbox.
 const MOST: u16 = 128;
+/// A transfer of which so many attempts in a row moved nothing fails: where the kernel can have no thread for it, say, it gives
+/// up each.
+const GIVEN_UP: u32 = 100;
 
 /// The ring, and what is under way in it.
 pub(super) struct Driver {
@@ -53,6 +56,8 @@ struct Operation {
     len: usize,
     offset: u64,
     done: usize,
+    /// How often in a row nothing was moved.
+    given_up: u32,
     reply: oneshot::Sender<Result<AlignedBuf>>,
 }
 
@@ -279,6 +284,7 @@ impl From<Transfer> for Operation {
             len: transfer.len,
             offset: transfer.offset,
             done: 0,
+            given_up: 0,
             reply: transfer.reply,
         }
     }
@@ -322,7 +328,17 @@ impl Operation {
         let (image, at) = (&self.lent.image, self.offset + self.done as u64);
         let result = image.calls.transferred(self.direction, result);
         let left = self.len - self.done;
-        self.done += image.counts(self.direction, self.lane, result, at, left)?;
+        let moved = image.counts(self.direction, self.lane, result, at, left)?;
+        self.done += moved;
+        self.given_up = match moved {
+            0 => self.given_up + 1,
+            _ => 0,
+        };
+        if self.given_up >= GIVEN_UP {
+            let text =
+                format!("the kernel has given up moving {left} bytes at {at} {GIVEN_UP} times");
+            return Err(io::Error::other(text).into());
+        }
         Ok(())
     }
 

@@ -67,6 +67,26 @@ fn an_error_of_a_transfer_is_answered_with_its_number() {
     });
 }
 
+/// As where the kernel can have no thread for what would wait.
+#[test]
+fn what_the_kernel_gives_up_for_ever_fails() {
+    by_each(async || {
+        if !modes().contains(&Aio::Uring) {
+            return;
+        }
+        let (_place, faulty, disk) = direct(Aio::Uring).await;
+        write(&disk, 0, &[1; 4096], NONE).await.unwrap();
+        let give_up = |times| faulty.inject(Call::Read, (0..times).map(|_| Fault::Errno(EINTR)));
+        give_up(99);
+        assert_eq!(read(&disk, 0, 4096).await.unwrap(), [1; 4096]);
+        give_up(100);
+        let error = read(&disk, 0, 4096).await.unwrap_err();
+        assert!(error.to_string().contains("given up"), "{error}");
+        assert_eq!(error.errno(), EIO);
+        assert_eq!(read(&disk, 0, 4096).await.unwrap(), [1; 4096]);
+    });
+}
+
 #[test]
 fn flush_waits_for_a_dropped_transfer_and_the_lock_does_too() {
     by_each(async || {
