@@ -1,17 +1,22 @@
 //! What the NBD server lets a client take: bytes and requests in flight, long
 //! requests, and what it does with those that are too long.
 
+use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::Limits;
 use userland_io::transports::nbd::limits::Environment;
 use userland_io::transports::nbd::session::ReplyMode;
+use userland_io::transports::nbd::socket::Socket;
+use userland_io::transports::nbd::transmission;
 use userland_io::transports::nbd::wire::{CommandFlags, chunk, cmd, error};
 use userland_io::{Device, Engine, ErrorKind, Geometry, ReadBuf, WriteBuf, WriteFlags};
 
@@ -164,6 +169,59 @@ async fn beyond_the_drain_the_error_is_sent_and_the_connection_closed() {
         assert!(peer.server.await.unwrap().is_err());
         assert!(start.elapsed() < Duration::from_secs(1));
     }
+}
+
+/// A client that has always sent more, and takes everything.
+struct Endless;
+
+impl AsyncRead for Endless {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        to: &mut tokio::io::ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let len = to.remaining();
+        to.initialize_unfilled().fill(0);
+        to.advance(len);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Endless {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Poll::Ready(Ok(bytes.len()))
+    }
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Socket for Endless {}
+
+#[test]
+fn who_never_stops_sending_what_is_thrown_away_is_left() {
+    let (ended, is_ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_time().build().unwrap();
+        runtime.block_on(async {
+            let (_, device) = rig(1 << 40).await;
+            let session = || session(MODES[0], 1 << 40);
+            let (_, head) = Peer::new(&device, session()).head(cmd::WRITE, NONE, 0, 1 << 31);
+            let (_shutdown, environment) = limits(|limits| limits.max_payload_drain = 1 << 20);
+            let run = transmission::run(Endless, head, session(), device, environment);
+            ended.send(run.await).unwrap();
+        });
+    });
+    let ended = is_ended.recv_timeout(Duration::from_secs(30));
+    ended.expect("an end").unwrap_err();
 }
 
 #[tokio::test(start_paused = true)]

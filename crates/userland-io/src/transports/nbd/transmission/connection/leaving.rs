@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use super::super::super::socket::Socket;
 use super::super::command::{Done, Job};
+use super::receiving::give_way;
 use super::{Connection, Phase, give};
 
 /// How often a connection looks after itself, if there is a reason to.
@@ -18,6 +19,8 @@ const TICK: Duration = Duration::from_millis(250);
 const STALLED: u32 = 40;
 /// A client lags that sends and takes fewer bytes than this in a tick.
 const PACE: usize = 16 << 10;
+/// So many receives of what is thrown away, and others have their turn.
+const DRAINED: u32 = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
@@ -79,17 +82,19 @@ where
                 if Pin::new(&mut self.stream).poll_shutdown(cx).is_pending() {
                     return false;
                 }
-                loop {
+                for _ in 0..DRAINED {
                     self.input.consume(usize::MAX);
                     match self.input.poll_receive(cx, &mut self.stream, usize::MAX) {
                         Poll::Ready(Ok(1..)) => {}
-                        Poll::Pending if farewell == Farewell::Patient => break,
+                        Poll::Pending if farewell == Farewell::Patient => return false,
                         _ => {
                             self.state = State::Over;
-                            break;
+                            return true;
                         }
                     }
                 }
+                give_way(cx);
+                return false;
             }
             _ => {}
         }
