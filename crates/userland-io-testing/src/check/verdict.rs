@@ -27,8 +27,10 @@ pub enum Clause {
     Tearing,
     /// The caller's half: a request that the engine below did not ask for.
     Edge,
-    /// An operation that answers what it must not, or never answers.
+    /// An operation that answers what it must not.
     Operation,
+    /// An operation that never answers.
+    Answer,
 }
 
 impl Clause {
@@ -54,6 +56,7 @@ impl fmt::Display for Clause {
             Clause::Tearing => "tearing",
             Clause::Edge => "the caller's half of the contract",
             Clause::Operation => "what operations answer",
+            Clause::Answer => "every operation answers",
         })
     }
 }

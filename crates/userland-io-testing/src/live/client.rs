@@ -24,16 +24,8 @@ pub(super) struct Client {
     pub(super) shape: Shape,
     /// As if the disk began at the window.
     pub(super) geometry: Geometry,
-    /// Which errors are nobody's fault.
-    pub(super) allowed: Allowed,
-}
-
-/// Errors that break nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Allowed {
-    Nothing,
-    NoSpace,
-    Everything,
+    /// Errors are nobody's fault.
+    pub(super) may_fail: bool,
 }
 
 impl Client {
@@ -153,8 +145,7 @@ impl Client {
     fn judge(&self, id: OpId, result: &Result, refusable: bool) {
         let Err(error) = result else { return };
         let refused = refusable && error.kind() == ErrorKind::Unsupported;
-        let full = self.allowed == Allowed::NoSpace && error.kind() == ErrorKind::NoSpace;
-        if !refused && !full && self.allowed != Allowed::Everything {
+        if !refused && !self.may_fail {
             self.record.complain(format!("#{id} failed: {error}"));
         }
     }

@@ -16,12 +16,13 @@ mod record;
 mod run;
 mod shrink;
 
-use std::future::Future;
-use std::pin::Pin;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crate::Script;
-use crate::check::Verdict;
+use crate::check::{Clause, Verdict};
 use crate::script::Mix;
 use crate::torture::{Failure, Report, Subject};
 
@@ -125,7 +126,7 @@ impl<'s, X: Executor> Live<'s, X> {
     /// Runs the script of each seed, up to the first that fails, or until `go_on`, which is told after each, says no.
     ///
     /// # Errors
-    /// That failure, shrunk as far as it repeats.
+    /// That failure, shrunk as far as it repeats; not if something never answered.
     pub async fn run(
         &self,
         seeds: impl IntoIterator<Item = u64>,
@@ -194,20 +195,40 @@ impl<'s, X: Executor> Live<'s, X> {
         crashes: &mut u64,
     ) -> Result<(), Verdict> {
         let mut now = match session.take() {
-            Some(session) => {
-                session.settle(self).await?;
-                session
-            }
+            Some(session) => session,
             None => Session::begin(self, script.seed).await?,
         };
-        now.script(self, script).await?;
+        let verdict = now.script(self, script).await;
         *crashes += std::mem::take(&mut now.crashes);
-        match self.subject.disks.is_empty() {
-            true => *session = Some(now),
-            // Simulated disks are new for each script.
-            false => now.end(self).await?,
+        // Simulated disks are new for each script.
+        let is_kept = self.subject.disks.is_empty();
+        match verdict {
+            Ok(()) if is_kept && now.settle(self).await? => {
+                *session = Some(now);
+                Ok(())
+            }
+            Ok(()) => now.end(self).await,
+            // What is still under way would act beside the next script.
+            Err(verdict) if is_kept && verdict.clause != Clause::Answer => {
+                let _ = now.end(self).await;
+                Err(verdict)
+            }
+            Err(verdict) => Err(verdict),
         }
-        Ok(())
+    }
+
+    /// What `future` answers, if it does in time.
+    async fn in_time<T>(&self, what: &str, future: impl Future<Output = T>) -> Result<T, Verdict> {
+        let mut future = pin!(future);
+        let mut limit = self.executor.sleep(self.patience);
+        let answered = poll_fn(|cx| match future.as_mut().poll(cx) {
+            Poll::Ready(answer) => Poll::Ready(Some(answer)),
+            Poll::Pending => limit.as_mut().poll(cx).map(|()| None),
+        });
+        answered.await.ok_or_else(|| {
+            let what = format!("{what} has not answered after {:?}", self.patience);
+            Verdict::new(Clause::Answer, what)
+        })
     }
 
     async fn end(&self, session: Option<Session>) -> Result<(), Verdict> {
@@ -226,6 +247,10 @@ impl<'s, X: Executor> Live<'s, X> {
     }
 
     async fn failure(&self, found: Script, verdict: Verdict, before: Report) -> Box<Failure> {
+        if verdict.clause == Clause::Answer {
+            // What hangs keeps its disk open, and the smaller scripts from it.
+            return self.replayed(&found, verdict, before);
+        }
         let (script, verdict) = shrink::shrink(self, &found, verdict).await;
         Failure::of(self.subject, found, script, verdict, before)
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use userland_io::{AnyEngine, Checked, CrashLevel, Engine, ErrorKind, Features, Geometry};
 
-use super::client::{Allowed, Client, read};
+use super::client::{Client, read};
 use super::record::{Record, Stop};
 use super::{Executor, Live};
 use crate::check::{Clause, History, Request, Shape, Verdict};
@@ -59,40 +59,36 @@ impl Session {
         })
     }
 
-    /// Waits for what the clients of a script gave up: of its mutations the next script's history knows nothing. A subject
-    /// that may fail may go on without.
-    pub(super) async fn settle<X: Executor>(&self, live: &Live<'_, X>) -> Result<(), Verdict> {
+    /// Waits for what the clients gave up: of its mutations the next script's history knows nothing. False if a subject that may
+    /// fail does not do that either.
+    pub(super) async fn settle<X: Executor>(&self, live: &Live<'_, X>) -> Result<bool, Verdict> {
         for front in &self.fronts {
             let mut tries = live.tries();
-            while let Err(error) = front.flush().await {
+            while let Err(error) = live.in_time("the last flush", front.flush()).await? {
                 tries -= 1;
-                match tries {
-                    0 if live.errors => break,
-                    0 => {
-                        let what = format!("a flush between two scripts failed: {error}");
-                        return Err(Verdict::new(Clause::Operation, what));
-                    }
-                    _ => {}
+                if tries == 0 && live.errors {
+                    return Ok(false);
+                }
+                if tries == 0 {
+                    let what = format!("the last flush failed: {error}");
+                    return Err(Verdict::new(Clause::Operation, what));
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     pub(super) async fn end<X: Executor>(self, live: &Live<'_, X>) -> Result<(), Verdict> {
-        match self.close().await {
-            Err(error) if live.errors => {
-                drop(error);
-                Ok(())
-            }
+        match self.close(live).await {
+            Err(verdict) if live.errors && verdict.clause != Clause::Answer => Ok(()),
             closed => closed,
         }
     }
 
-    async fn close(&self) -> Result<(), Verdict> {
+    async fn close<X: Executor>(&self, live: &Live<'_, X>) -> Result<(), Verdict> {
         let mut first = Ok(());
         for front in &self.fronts {
-            let closed = front.close().await;
+            let closed = live.in_time("close", front.close()).await?;
             first = first.and(closed.map_err(|error| {
                 Verdict::new(Clause::Operation, format!("close failed: {error}"))
             }));
@@ -199,7 +195,7 @@ impl Session {
                 history.check_live()?;
                 self.crashes += 1;
                 // The old world goes on to its end, unseen.
-                let _ = self.close().await;
+                let _ = self.close(live).await;
                 let left = {
                     let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
                     std::mem::take(&mut *left)
@@ -209,10 +205,11 @@ impl Session {
             }
             End::Close if self.keeps() => {
                 let id = history.start(0, Request::Close);
-                match self.close().await {
+                match self.close(live).await {
                     Ok(()) => history.end(id, &Ok(())),
                     Err(verdict)
-                        if self.allowed(live, round.fault.is_some()) != Allowed::Everything =>
+                        if verdict.clause == Clause::Answer
+                            || !self.may_fail(live, round.fault.is_some()) =>
                     {
                         return Err(verdict);
                     }
@@ -231,7 +228,7 @@ impl Session {
                 && (live.errors || round.fault.is_some())
                 && self.has_ended(live, window).await =>
             {
-                let _ = self.close().await;
+                let _ = self.close(live).await;
                 self.start_over(live, window, history).await
             }
             _ => {
@@ -246,7 +243,9 @@ impl Session {
         let len = window.shape.bytes(0..1).len();
         for front in &self.fronts {
             let mut tries = live.tries();
-            while tries > 0 && read(front, window.base, len).await.is_err() {
+            while tries > 0
+                && let Ok(Err(_)) = live.in_time("a read", read(front, window.base, len)).await
+            {
                 tries -= 1;
             }
             if tries == 0 {
@@ -286,14 +285,12 @@ impl Session {
         }
     }
 
-    fn allowed<X: Executor>(&self, live: &Live<'_, X>, fault: bool) -> Allowed {
+    /// True if errors are to be expected. A real disk that may be full is one that may fail: over NBD a write beyond the end
+    /// is refused by the same number.
+    fn may_fail<X: Executor>(&self, live: &Live<'_, X>, fault: bool) -> bool {
         let limited = live.subject.disks.iter().any(|d| d.capacity.is_some());
         let failed = self.disks.iter().any(SimDisk::has_failed);
-        match () {
-            () if live.errors || fault || limited || failed => Allowed::Everything,
-            () if self.disks.is_empty() => Allowed::NoSpace,
-            () => Allowed::Nothing,
-        }
+        live.errors || fault || limited || failed
     }
 
     /// Lets the clients work until all have answered, or the history is cut.
@@ -328,7 +325,7 @@ impl Session {
                 base: window.base,
                 shape: window.shape,
                 geometry: self.local(window.base),
-                allowed: self.allowed(live, round.fault.is_some()),
+                may_fail: self.may_fail(live, round.fault.is_some()),
             };
             let (mine, end) = (mine.collect(), Ended(ended.clone()));
             live.executor.spawn(Box::pin(async move {
@@ -336,19 +333,8 @@ impl Session {
                 drop(end);
             }));
         }
-        let in_time = {
-            let mut all = std::pin::pin!(ended.acquire_many(clients as u32));
-            let mut limit = live.executor.sleep(live.patience);
-            std::future::poll_fn(|cx| {
-                use std::future::Future;
-                use std::task::Poll;
-                if all.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(true);
-                }
-                limit.as_mut().poll(cx).map(|()| false)
-            })
-            .await
-        };
+        let all = ended.acquire_many(clients as u32);
+        let in_time = live.in_time("the clients", all).await.is_ok();
         let shape = Shape {
             len: 0,
             ..window.shape
@@ -360,7 +346,7 @@ impl Session {
         let open = history.unanswered(first);
         if !in_time {
             let what = format!("after {:?} these have not answered: {open}", live.patience);
-            return Err(Verdict::new(Clause::Operation, what));
+            return Err(Verdict::new(Clause::Answer, what));
         }
         if !stopped && !open.is_empty() {
             let what = format!("the clients panicked within: {open}");
@@ -419,7 +405,7 @@ impl Session {
         if before.crash != CrashLevel::None && self.world.one_in(4) {
             // Nothing was written since, so nothing may change.
             self.crashes += 1;
-            let _ = self.close().await;
+            let _ = self.close(live).await;
             self.disks = self.disks.iter().map(|d| d.crash(Keep::Subset)).collect();
             self.reopen(live).await?;
             let second = self.image(live, window).await?;
@@ -444,7 +430,7 @@ impl Session {
         let mut tries = live.tries();
         loop {
             tries -= 1;
-            match read(front, base, len).await {
+            match live.in_time("a read", read(front, base, len)).await? {
                 Ok((image, None)) => return Ok(image),
                 Ok((_, Some(at))) => {
                     let at = base + at as u64;
@@ -473,7 +459,8 @@ async fn open<X: Executor>(
     live: &Live<'_, X>,
     disks: &[SimDisk],
 ) -> Result<Vec<Arc<Checked<AnyEngine>>>, Verdict> {
-    let fronts = (live.subject.open)(disks.to_vec()).await;
+    let opened = (live.subject.open)(disks.to_vec());
+    let fronts = live.in_time("opening", opened).await?;
     match fronts {
         Ok(fronts) if fronts.is_empty() => {
             let what = "the subject was opened as no engine at all";

@@ -60,7 +60,7 @@ impl<'s> Run<'s> {
         let new = |config: &crate::sim::DiskConfig| SimDisk::new(&world, config.clone());
         let disks: Vec<SimDisk> = subject.disks.iter().map(new).collect();
         let opened = open(subject, &world, &disks)?;
-        let fronts = opened.ok_or_else(|| Verdict::new(Clause::Operation, "opening never ends"))?;
+        let fronts = opened.ok_or_else(|| Verdict::new(Clause::Answer, "opening never ends"))?;
         let geometry = fronts[0].geometry();
         let shape = shape_of(subject, &geometry);
         let image = read_image(&world, &fronts[0], shape)?;
@@ -160,7 +160,7 @@ impl<'s> Run<'s> {
         if end == Step::Stuck && !self.forgot {
             let open = self.history.unanswered(first);
             let what = format!("the disk is idle, but these never answer: {open}");
-            return Err(Verdict::new(Clause::Operation, what));
+            return Err(Verdict::new(Clause::Answer, what));
         }
         Ok(())
     }
@@ -205,7 +205,7 @@ impl<'s> Run<'s> {
             result
         };
         let Some(result) = self.world.run(closing) else {
-            return Err(Verdict::new(Clause::Operation, "close never answers"));
+            return Err(Verdict::new(Clause::Answer, "close never answers"));
         };
         self.history.end(id, &result);
         self.check_edge()?;
@@ -240,8 +240,7 @@ impl<'s> Run<'s> {
     fn reopen(&mut self) -> Result<(), Verdict> {
         let opened = open(self.subject, &self.world, &self.disks)?;
         self.forgot = false;
-        self.fronts =
-            opened.ok_or_else(|| Verdict::new(Clause::Operation, "opening never ends"))?;
+        self.fronts = opened.ok_or_else(|| Verdict::new(Clause::Answer, "opening never ends"))?;
         self.check_edge()
     }
 
@@ -299,7 +298,7 @@ impl<'s> Run<'s> {
     /// Opens a copy of the disks as a crash would leave them, and judges that image. The run goes on untouched.
     pub(super) fn judge_image(&self, disks: Vec<SimDisk>) -> Result<(), Verdict> {
         let opened = open(self.subject, &self.world, &disks)?;
-        let fronts = opened.ok_or_else(|| Verdict::new(Clause::Operation, "opening never ends"))?;
+        let fronts = opened.ok_or_else(|| Verdict::new(Clause::Answer, "opening never ends"))?;
         let image = read_image(&self.world, &fronts[0], self.history.shape())?;
         self.history.check_crash(self.geometry.crash, &image)?;
         self.check_edge()
@@ -361,6 +360,6 @@ fn read_image(world: &World, front: &Checked<AnyEngine>, shape: Shape) -> Result
             let what = format!("the disk cannot be read after it was opened: {error}");
             Err(Verdict::new(Clause::Operation, what))
         }
-        None => Err(Verdict::new(Clause::Operation, "a read never answers")),
+        None => Err(Verdict::new(Clause::Answer, "a read never answers")),
     }
 }
