@@ -7,7 +7,8 @@
 //! disk that hangs. So each is timed: after a long one all go to the pool for [`REST`] times as long.
 //!
 //! A thread that runs tasks is lost to waiting for a seventeenth of its time at most, and at any moment half
-//! of the processors' number of threads at most, over all files of the process.
+//! of the processors' number of threads at most, over all files of the process. A runtime that has fewer threads may
+//! have all of them wait.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -54,7 +54,9 @@ where
         true
     }
 
-    /// Starts what has arrived whole.
+    /// Starts what has arrived whole, and says what has to come before there is more. Nothing is wanted while something else must
+    /// happen first: an operation in flight ends, a reply is sent, memory is free (each of which wakes this task), or
+    /// a long read has its turn, which it must then be given here.
     pub(super) fn start_requests(&mut self, cx: &mut Context<'_>, moved: &mut bool) -> Wants {
         let before = (self.is_long_reads_turn, self.long_reads.len());
         let wants = loop {
@@ -147,6 +149,11 @@ where
     }
 
     /// Takes the request of `header`, which is at hand. Pending if there is no memory for it now.
+    ///
+    /// A write goes the first of these ways that is open to it: at once, from where it was received (`write_now`); piece by piece
+    /// while it comes, from there or received to memory that the engine lends (`LongWrite`); as a future, from where it was received
+    /// (`Input::share`); as a future, gathered in a buffer of its own (`Phase::Payload`). Pieces go on the last way
+    /// once the device would have to wait.
     fn begin(&mut self, cx: &mut Context<'_>, header: wire::Request) -> Poll<()> {
         let header_length = self.header_length();
         if header.command == cmd::DISC {
