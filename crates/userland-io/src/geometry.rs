@@ -45,8 +45,8 @@ pub struct Geometry {
     pub max_discard: u32,
     /// The longest `write_zeroes`; 0 (the default): no limit.
     pub max_write_zeroes: u32,
-    /// An aligned unit of this length, of one request, is all there or not at all after a crash.
-    /// 0 (the default): one logical block.
+    /// An aligned unit of this length, of one request, is all there or not at all after a crash: a power of two, no longer than the
+    /// longest transfer and `write_zeroes`. The edge splits no unit. 0 (the default): one logical block.
     pub atomic_write_unit: u32,
     /// What the engine can do and claims.
     pub features: Features,
@@ -141,6 +141,8 @@ impl Geometry {
     pub const MAX_LOGICAL_BLOCK: u32 = 64 << 10;
     /// The largest physical block and memory alignment, in bytes.
     const MAX_ALIGNMENT: u32 = 1 << 20;
+    /// The longest atomic unit that may be claimed, in bytes.
+    pub(crate) const MAX_ATOMIC_WRITE: u32 = 256 << 10;
 
     /// A disk that accepts no mutation.
     pub const fn read_only(size: u64) -> Self {
@@ -223,18 +225,27 @@ impl Geometry {
         let any = (self.features | lower.features) & either;
         let both = (self.features & lower.features) - either;
         let granularity = lcm(self.discard_granularity, lower.discard_granularity);
+        let max_transfer = smaller_limit(self.max_transfer, lower.max_transfer);
+        let max_write_zeroes = smaller_limit(self.max_write_zeroes, lower.max_write_zeroes);
+        // Of two powers of two the smaller divides the other. One that a limit would split is given up.
+        let unit = self.atomic_write_unit.min(lower.atomic_write_unit);
+        let fits = |limit: u32| limit == 0 || unit <= limit;
+        let atomic_write_unit = match fits(max_transfer) && fits(max_write_zeroes) {
+            true => unit,
+            false => 0,
+        };
         Geometry {
             size: self.size,
             logical_block_size: self.logical_block_size.max(lower.logical_block_size),
             physical_block_size: self.physical_block_size.max(lower.physical_block_size),
             io_min: self.io_min.max(lower.io_min),
             io_opt: lcm(self.io_opt, lower.io_opt).unwrap_or(0),
-            max_transfer: smaller_limit(self.max_transfer, lower.max_transfer),
+            max_transfer,
             memory_alignment: self.memory_alignment.max(lower.memory_alignment),
             discard_granularity: granularity.unwrap_or(0),
             max_discard: smaller_limit(self.max_discard, lower.max_discard),
-            max_write_zeroes: smaller_limit(self.max_write_zeroes, lower.max_write_zeroes),
-            atomic_write_unit: self.atomic_write_unit.min(lower.atomic_write_unit),
+            max_write_zeroes,
+            atomic_write_unit,
             features: any | both,
             // Granules without a common multiple below 4 GiB: nothing can be discarded whole.
             discard: match granularity {
@@ -287,7 +298,6 @@ impl Geometry {
             ("max_transfer", self.max_transfer),
             ("discard_granularity", self.discard_granularity),
             ("max_write_zeroes", self.max_write_zeroes),
-            ("atomic_write_unit", self.atomic_write_unit),
         ] {
             let value = u64::from(value);
             check(
@@ -295,6 +305,26 @@ impl Geometry {
                 value,
                 blocks(value),
                 "it must be 0 or a multiple of the logical block size",
+            )?;
+        }
+        let unit = u64::from(self.atomic_write_unit);
+        check(
+            "atomic_write_unit",
+            unit,
+            unit == 0
+                || (power(unit) && unit >= block && unit <= u64::from(Self::MAX_ATOMIC_WRITE)),
+            "it must be 0, or a power of two from the logical block size up to 256 KiB",
+        )?;
+        for (field, value) in [
+            ("max_transfer", self.max_transfer),
+            ("max_write_zeroes", self.max_write_zeroes),
+        ] {
+            let value = u64::from(value);
+            check(
+                field,
+                value,
+                value == 0 || value >= unit,
+                "it must be 0, or no shorter than atomic_write_unit",
             )?;
         }
         let max_discard = u64::from(self.max_discard);
@@ -435,6 +465,20 @@ mod tests {
     }
 
     #[test]
+    fn an_atomic_unit_that_a_limit_would_split_is_given_up() {
+        let (mut a, mut b) = (flush(), flush());
+        (a.atomic_write_unit, b.atomic_write_unit) = (16 << 10, 8192);
+        assert_eq!(a.stack(&b).atomic_write_unit, 8192);
+        a.max_transfer = 8192;
+        b.max_write_zeroes = 8192;
+        assert_eq!(a.stack(&b).atomic_write_unit, 8192);
+        b.max_write_zeroes = 4096;
+        assert_eq!(a.stack(&b).atomic_write_unit, 0);
+        (a.max_transfer, b.max_write_zeroes) = (4096, 0);
+        assert_eq!(b.stack(&a).atomic_write_unit, 0);
+    }
+
+    #[test]
     fn granules_without_a_common_multiple_discard_nothing() {
         let (mut a, mut b) = (flush(), flush());
         (a.discard, b.discard) = (Discard::Zeroes, Discard::Zeroes);
@@ -469,7 +513,7 @@ mod tests {
     #[test]
     fn contradictions_are_named() {
         type Spoil = fn(&mut Geometry);
-        let cases: [(&str, Spoil); 9] = [
+        let cases: [(&str, Spoil); 13] = [
             ("size", |g| g.size = 1 << 63),
             ("logical_block_size", |g| g.logical_block_size = 0),
             ("logical_block_size", |g| g.logical_block_size = 3),
@@ -479,6 +523,14 @@ mod tests {
             ("memory_alignment", |g| g.memory_alignment = 0),
             ("max_transfer", |g| {
                 (g.logical_block_size, g.max_transfer) = (512, 1000)
+            }),
+            ("atomic_write_unit", |g| g.atomic_write_unit = 12 << 10),
+            ("atomic_write_unit", |g| g.atomic_write_unit = 512 << 10),
+            ("max_transfer", |g| {
+                (g.atomic_write_unit, g.max_transfer) = (8192, 4096)
+            }),
+            ("max_write_zeroes", |g| {
+                (g.atomic_write_unit, g.max_write_zeroes) = (8192, 4096)
             }),
             ("max_discard", |g| {
                 (g.discard_granularity, g.max_discard) = (4096, 512)

@@ -384,7 +384,7 @@ async fn serve(device: &Device<Lender>, stream: Torrent) -> (io::Result<()>, usi
 
 #[tokio::test]
 async fn a_piece_ends_where_a_unit_does_wherever_it_begins() {
-    for (unit, offset) in [(UNIT, 512), (UNIT, 0), (12288, 0), (12288, 20_000)] {
+    for (unit, offset) in [(UNIT, 512), (UNIT, 0), (16384, 0), (16384, 20_000)] {
         let mut lender = Lender::new(SIZE, SIZE);
         lender.unit = unit as u32;
         let device = Device::open(lender).await.unwrap();

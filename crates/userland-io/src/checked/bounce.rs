@@ -17,8 +17,8 @@ pub(super) enum Source<'a, 'b> {
 
 impl<E: Engine> Checked<E> {
     fn window(&self) -> u64 {
-        // Both are multiples of the block or larger than any window, and a block is always let through.
-        WINDOW.min(limit(self.facts.max_transfer)).max(self.block())
+        // Both are multiples of the block or larger than any window, and a unit is always let through.
+        WINDOW.min(limit(self.facts.max_transfer)).max(self.unit())
     }
 
     fn bounce(&self, len: u64) -> AlignedBuf {
@@ -30,7 +30,7 @@ impl<E: Engine> Checked<E> {
         let rounded = self.round_out(&range);
         let max = self.window();
         let mut memory = self.bounce(max.min(rounded.end - rounded.start));
-        for window in pieces(rounded, max) {
+        for window in pieces(rounded, max, self.unit()) {
             let bytes = &mut memory[..(window.end - window.start) as usize];
             self.engine
                 .read(&mut ReadBuf::new(bytes), window.start)
@@ -66,7 +66,7 @@ impl<E: Engine> Checked<E> {
     ) -> Result {
         let (max, block) = (self.window(), self.block());
         let mut memory = self.bounce(max.min(rounded.end - rounded.start));
-        for window in pieces(rounded, max) {
+        for window in pieces(rounded, max, self.unit()) {
             let bytes = &mut memory[..(window.end - window.start) as usize];
             let wanted = overlap(&window, &range);
             // The first and the last block of the window, where they are not covered whole.

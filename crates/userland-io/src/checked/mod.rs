@@ -75,6 +75,11 @@ impl<E: Engine> Checked<E> {
         u64::from(self.facts.logical_block_size)
     }
 
+    /// What no write may be split in, in bytes: the block, or what the engine writes whole or not at all.
+    fn unit(&self) -> u64 {
+        self.block().max(self.facts.atomic_write_unit.into())
+    }
+
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
@@ -216,12 +221,17 @@ fn limit(limit: u32) -> u64 {
     }
 }
 
-/// `range` in pieces of at most `max` bytes.
-fn pieces(range: Range<u64>, max: u64) -> impl Iterator<Item = Range<u64>> {
+/// `range` in pieces of at most `max` bytes, which is at least a unit; all but the last end where a unit does.
+fn pieces(range: Range<u64>, max: u64, unit: u64) -> impl Iterator<Item = Range<u64>> {
     let mut at = range.start;
     std::iter::from_fn(move || {
-        let piece = at..range.end.min(at.saturating_add(max));
-        at = piece.end;
+        let most = at.saturating_add(max);
+        let end = match most >= range.end {
+            true => range.end,
+            false => most - most % unit,
+        };
+        let piece = at..end;
+        at = end;
         (!piece.is_empty()).then_some(piece)
     })
 }
@@ -247,7 +257,7 @@ impl<E: Engine> Engine for Checked<E> {
         if len <= max {
             return self.engine.read(buf, offset).await;
         }
-        for piece in pieces(range, max) {
+        for piece in pieces(range, max, self.block()) {
             let part = (piece.start - offset) as usize..(piece.end - offset) as usize;
             self.engine.read(&mut buf.slice(part), piece.start).await?;
         }
@@ -353,7 +363,8 @@ impl<E: Engine> Engine for Checked<E> {
         }
         let guard = self.beside_rmw(&range).await?;
         let mut result = Ok(());
-        for piece in pieces(range, limit(self.facts.max_discard)) {
+        let granule = self.facts.discard_granule().into();
+        for piece in pieces(range, limit(self.facts.max_discard), granule) {
             result = self.engine.discard(piece).await;
             if result.is_err() {
                 break;
@@ -389,7 +400,7 @@ impl<E: Engine> Engine for Checked<E> {
             return Ok(());
         }
         let asked = self.round_out(&range);
-        let mut found = Extents::new(out.room() + 2);
+        let mut found = Extents::new(out.room().saturating_add(2));
         self.engine.extents(asked.clone(), &mut found).await?;
         bounce::trim(&found, &asked, &range, out);
         Ok(())
@@ -406,7 +417,7 @@ impl<E: Engine> Engine for Checked<E> {
             return Ok(());
         }
         let asked = self.round_out(&range);
-        let mut found = Extents::new(out.room() + 2);
+        let mut found = Extents::new(out.room().saturating_add(2));
         self.engine
             .status(context, asked.clone(), &mut found)
             .await?;
@@ -447,7 +458,7 @@ impl<E: Engine> Checked<E> {
         if range.end - offset <= max {
             return self.engine.write(buf, offset, flags).await;
         }
-        for piece in pieces(range, max) {
+        for piece in pieces(range, max, self.unit()) {
             let part = (piece.start - offset) as usize..(piece.end - offset) as usize;
             self.engine
                 .write(&buf.slice(part), piece.start, flags)

@@ -440,6 +440,32 @@ async fn long_requests_are_split_at_the_limits() {
 }
 
 #[tokio::test]
+async fn no_atomic_unit_is_split() {
+    let mut geometry = blocks();
+    geometry.atomic_write_unit = 16;
+    geometry.max_transfer = 24;
+    geometry.max_write_zeroes = 24;
+    for native in [true, false] {
+        geometry.features.set(Features::WRITE_ZEROES, native);
+        let (engine, disk) = edge(geometry);
+        let pieces = [(8, 24), (32, 16), (48, 16), (64, 16)];
+        write(&disk, &[1; 72], 8, PLAIN).await.unwrap();
+        disk.write_zeroes(8..80, PLAIN).await.unwrap();
+        let written = pieces.map(|(at, len)| Write(at, len, PLAIN));
+        let zeroed = match native {
+            true => pieces.map(|(at, len)| Zeroes(at..at + len as u64, PLAIN)),
+            false => written.clone(),
+        };
+        assert_eq!(engine.calls(), [written.clone(), zeroed].concat());
+        // Blocks at the ends are read first, and written with what is between.
+        write(&disk, &[1; 70], 9, PLAIN).await.unwrap();
+        let mut calls = engine.calls();
+        calls.retain(|call| !matches!(call, Read(..)));
+        assert_eq!(calls, written);
+    }
+}
+
+#[tokio::test]
 async fn fua_without_the_claim_is_a_flush_after_the_write() {
     let (engine, disk) = edge(blocks());
     write(&disk, &[1; 8], 0, WriteFlags::FUA).await.unwrap();

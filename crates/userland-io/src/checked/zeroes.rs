@@ -5,9 +5,9 @@ use std::ops::Range;
 use super::bounce::Source;
 use super::{Checked, limit, pieces};
 use crate::give_way::give_way;
-use crate::{Engine, ErrorKind, Features, Result, WriteBuf, WriteFlags};
+use crate::{Engine, ErrorKind, Features, Geometry, Result, WriteBuf, WriteFlags};
 
-const ZEROES_LEN: usize = 256 << 10;
+const ZEROES_LEN: usize = Geometry::MAX_ATOMIC_WRITE as usize;
 
 /// Aligned, so that direct I/O takes it as it is.
 #[repr(align(4096))]
@@ -47,7 +47,8 @@ impl<E: Engine> Checked<E> {
     async fn zero_blocks(&self, blocks: Range<u64>, flags: WriteFlags) -> Result {
         let mut rest = blocks;
         if self.facts.features.contains(Features::WRITE_ZEROES) {
-            for piece in pieces(rest.clone(), limit(self.facts.max_write_zeroes)) {
+            let max = limit(self.facts.max_write_zeroes);
+            for piece in pieces(rest.clone(), max, self.unit()) {
                 match self.engine.write_zeroes(piece.clone(), flags).await {
                     Err(error)
                         if error.kind() == ErrorKind::Unsupported
@@ -62,7 +63,7 @@ impl<E: Engine> Checked<E> {
         }
         let max = limit(self.facts.max_transfer).min(ZEROES_LEN as u64);
         let start = rest.start;
-        for piece in pieces(rest, max.max(self.block())) {
+        for piece in pieces(rest, max.max(self.unit()), self.unit()) {
             // An engine that answers at once would keep everybody else waiting for all of it.
             if piece.start > start {
                 give_way().await;
