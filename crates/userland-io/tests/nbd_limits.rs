@@ -171,6 +171,30 @@ async fn beyond_the_drain_the_error_is_sent_and_the_connection_closed() {
     }
 }
 
+/// As long as the client may need to look for the reply, however the connection went before.
+#[tokio::test(start_paused = true)]
+async fn a_farewell_lasts_its_time() {
+    let (_, device) = rig(1 << 40).await;
+    let (shutdown, environment) = limits(|limits| limits.max_payload_drain = 1 << 20);
+    let mut peer = Peer::with(&device, session(MODES[0], 1 << 40), shutdown, environment);
+    // More than the pipe holds, so that the connection looks at the clock; then nothing for a while.
+    for _ in 0..100 {
+        peer.send(cmd::READ, NONE, 0, 4096, &[]).await;
+    }
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    for _ in 0..100 {
+        assert_eq!(peer.receive().await.1.error, 0);
+    }
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let (_, head) = peer.head(cmd::WRITE, NONE, 0, u32::MAX.into());
+    peer.writer.write_all(&head).await.unwrap();
+    assert_eq!(peer.receive().await.1.error, error::EINVAL);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!peer.server.is_finished());
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(peer.server.is_finished());
+}
+
 /// A client that has always sent more, and takes everything.
 struct Endless;
 

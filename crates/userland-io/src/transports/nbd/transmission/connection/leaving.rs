@@ -74,7 +74,11 @@ where
             State::Leaving { farewell } if is_idle && self.output.pending() == 0 => {
                 self.state = match farewell {
                     Farewell::None => State::Over,
-                    farewell => State::Farewell(farewell),
+                    farewell => {
+                        // It lasts a whole tick.
+                        self.is_armed = false;
+                        State::Farewell(farewell)
+                    }
                 };
             }
             State::Gone if is_idle => self.state = State::Over,
