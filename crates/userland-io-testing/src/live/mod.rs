@@ -198,16 +198,19 @@ impl<'s, X: Executor> Live<'s, X> {
             Some(session) => session,
             None => Session::begin(self, script.seed).await?,
         };
-        let verdict = now.script(self, script).await;
-        *crashes += std::mem::take(&mut now.crashes);
         // Simulated disks are new for each script.
         let is_kept = self.subject.disks.is_empty();
+        let verdict = match now.script(self, script).await {
+            Ok(()) if is_kept => now.settle(self).await,
+            verdict => verdict.map(|()| false),
+        };
+        *crashes += std::mem::take(&mut now.crashes);
         match verdict {
-            Ok(()) if is_kept && now.settle(self).await? => {
+            Ok(true) => {
                 *session = Some(now);
                 Ok(())
             }
-            Ok(()) => now.end(self).await,
+            Ok(false) => now.end(self).await,
             // What is still under way would act beside the next script.
             Err(verdict) if is_kept && verdict.clause != Clause::Answer => {
                 let _ = now.end(self).await;

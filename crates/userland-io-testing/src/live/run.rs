@@ -79,9 +79,17 @@ impl Session {
     }
 
     pub(super) async fn end<X: Executor>(self, live: &Live<'_, X>) -> Result<(), Verdict> {
+        match live.errors {
+            true => self.discard(live).await,
+            false => self.close(live).await,
+        }
+    }
+
+    /// Closes what is of no more use, whatever it says, as long as it answers.
+    async fn discard<X: Executor>(&self, live: &Live<'_, X>) -> Result<(), Verdict> {
         match self.close(live).await {
-            Err(verdict) if live.errors && verdict.clause != Clause::Answer => Ok(()),
-            closed => closed,
+            Err(verdict) if verdict.clause == Clause::Answer => Err(verdict),
+            _ => Ok(()),
         }
     }
 
@@ -195,7 +203,7 @@ impl Session {
                 history.check_live()?;
                 self.crashes += 1;
                 // The old world goes on to its end, unseen.
-                let _ = self.close(live).await;
+                self.discard(live).await?;
                 let left = {
                     let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
                     std::mem::take(&mut *left)
@@ -228,7 +236,7 @@ impl Session {
                 && (live.errors || round.fault.is_some())
                 && self.has_ended(live, window).await =>
             {
-                let _ = self.close(live).await;
+                self.discard(live).await?;
                 self.start_over(live, window, history).await
             }
             _ => {
@@ -340,13 +348,16 @@ impl Session {
             ..window.shape
         };
         let (history, complaint, stopped) = record.end(History::new(0, 1, shape, Vec::new()));
-        if let Some(complaint) = complaint {
-            return Err(complaint);
-        }
         let open = history.unanswered(first);
         if !in_time {
-            let what = format!("after {:?} these have not answered: {open}", live.patience);
+            let mut what = format!("after {:?} these have not answered: {open}", live.patience);
+            if let Some(complaint) = complaint {
+                what = format!("{what}; and {}", complaint.what);
+            }
             return Err(Verdict::new(Clause::Answer, what));
+        }
+        if let Some(complaint) = complaint {
+            return Err(complaint);
         }
         if !stopped && !open.is_empty() {
             let what = format!("the clients panicked within: {open}");
@@ -405,7 +416,7 @@ impl Session {
         if before.crash != CrashLevel::None && self.world.one_in(4) {
             // Nothing was written since, so nothing may change.
             self.crashes += 1;
-            let _ = self.close(live).await;
+            self.discard(live).await?;
             self.disks = self.disks.iter().map(|d| d.crash(Keep::Subset)).collect();
             self.reopen(live).await?;
             let second = self.image(live, window).await?;
