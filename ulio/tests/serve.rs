@@ -207,7 +207,6 @@ fn either_signal_ends_it_well() {
     }
 }
 
-/// A connected client that says nothing does not keep it from ending.
 #[test]
 fn what_a_stats_layer_counts_is_told_at_the_end() {
     let ulio = Ulio::new();
@@ -222,6 +221,7 @@ fn what_a_stats_layer_counts_is_told_at_the_end() {
     assert!(ran.err.contains("below: "), "{ran:#?}");
 }
 
+/// A connected client that says nothing does not keep it from ending.
 #[test]
 fn an_idle_client_does_not_hold_it() {
     let ulio = Ulio::new();
