@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::fd::AsRawFd;
@@ -31,9 +32,12 @@ use crate::{AlignedBuf, ErrorKind, Result};
 
 /// How many transfers can be under way; more wait in the inbox.
 const MOST: u16 = 128;
-/// A transfer of which so many attempts in a row moved nothing fails: where the kernel can have no thread for it, say, it gives
-/// up each.
-const GIVEN_UP: u32 = 100;
+/// A transfer of which nothing was moved for so long fails: where the kernel can have no thread for it, say, it gives up each
+/// attempt.
+const PATIENCE: Duration = match cfg!(test) {
+    false => Duration::from_secs(10),
+    true => Duration::from_millis(200),
+};
 
 /// The ring, and what is under way in it.
 pub(super) struct Driver {
@@ -43,6 +47,8 @@ pub(super) struct Driver {
     /// By the name that an operation has in the ring.
     under_way: Vec<Option<Operation>>,
     free: Vec<usize>,
+    /// What the kernel has given up, with its place: for the next turn.
+    given_up: Vec<(usize, Operation)>,
 }
 
 /// A driver that is a task. Dropped before it has ended, it goes on as a thread.
@@ -56,8 +62,8 @@ struct Operation {
     len: usize,
     offset: u64,
     done: usize,
-    /// How often in a row nothing was moved.
-    given_up: u32,
+    /// Since when nothing was moved.
+    given_up: Option<Instant>,
     reply: oneshot::Sender<Result<AlignedBuf>>,
 }
 
@@ -96,6 +102,7 @@ impl Driver {
             bell,
             under_way: (0..MOST).map(|_| None).collect(),
             free: (0..MOST.into()).collect(),
+            given_up: Vec::new(),
         })
     }
 
@@ -129,6 +136,9 @@ impl Driver {
 
     /// Moves what can be moved. The bell rings when more can be; so does the waker. Ready when there will be no more.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        for (place, operation) in std::mem::take(&mut self.given_up) {
+            self.push(place, operation);
+        }
         loop {
             let is_closed = self.begin(cx);
             if let Err(error) = self.submit(cx) {
@@ -136,6 +146,10 @@ impl Driver {
                 return Poll::Ready(());
             }
             if !self.end() {
+                if !self.given_up.is_empty() {
+                    // Others may have to run before it comes to more.
+                    cx.waker().wake_by_ref();
+                }
                 return match is_closed && self.free.len() == self.under_way.len() {
                     true => Poll::Ready(()),
                     false => Poll::Pending,
@@ -205,18 +219,22 @@ impl Driver {
     fn end(&mut self) -> bool {
         let mut any = false;
         while let Some((place, result)) = self.next_result() {
-            any = true;
             let Some(mut operation) = self.under_way.get_mut(place).and_then(Option::take) else {
                 continue;
             };
             operation.lent.in_ring = false;
             match operation.note(result) {
+                Ok(()) if operation.given_up.is_some() => {
+                    self.given_up.push((place, operation));
+                    continue;
+                }
                 Ok(()) => self.push(place, operation),
                 Err(error) => {
                     self.free.push(place);
                     operation.answer(Err(error));
                 }
             }
+            any = true;
         }
         any
     }
@@ -284,7 +302,7 @@ impl From<Transfer> for Operation {
             len: transfer.len,
             offset: transfer.offset,
             done: 0,
-            given_up: 0,
+            given_up: None,
             reply: transfer.reply,
         }
     }
@@ -331,12 +349,15 @@ impl Operation {
         let moved = image.counts(self.direction, self.lane, result, at, left)?;
         self.done += moved;
         self.given_up = match moved {
-            0 => self.given_up + 1,
-            _ => 0,
+            0 => self.given_up.or_else(|| Some(Instant::now())),
+            _ => None,
         };
-        if self.given_up >= GIVEN_UP {
+        if self
+            .given_up
+            .is_some_and(|since| since.elapsed() >= PATIENCE)
+        {
             let text =
-                format!("the kernel has given up moving {left} bytes at {at} {GIVEN_UP} times");
+                format!("for {PATIENCE:?} the kernel has moved none of {left} bytes at {at}");
             return Err(io::Error::other(text).into());
         }
         Ok(())
