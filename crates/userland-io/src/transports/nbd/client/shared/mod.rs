@@ -284,6 +284,12 @@ impl Shared {
 
     /// The server has answered `op`, which its connection has let go of.
     pub(super) fn answered(&self, conn: &Conn, op: &Arc<Op>, outcome: Result<Answer, Failure>) {
+        // Each only refuses. EINVAL says more: servers use it for whatever number the protocol lacks, and a failed sync has
+        // many of them. So does EPERM, of a file system that a failure made read-only.
+        let refused = matches!(
+            &outcome,
+            Err(failure) if matches!(failure.errno, error::ENOTSUP | error::EOVERFLOW)
+        );
         let result: Result<Answer> = match outcome {
             Ok(answer) => Ok(answer),
             Err(failure)
@@ -303,16 +309,18 @@ impl Shared {
         };
         if op.kind.is_mutation() || op.kind == Kind::Flush {
             let mut state = self.state();
+            let covers = self.covers_others(op);
             if op.kind == Kind::Flush && result.is_ok() && state.flush_failed_beside() {
                 self.place(&mut state, op.clone());
                 drop(state);
                 return self.told_drained(conn);
             }
-            if op.kind == Kind::Flush
+            if covers
                 && let Err(error) = &result
+                && (op.kind == Kind::Flush || !refused)
             {
-                // What the server failed to make durable it may have thrown away: the journal is written again
-                // before the next flush.
+                // What the server failed to make durable it may have thrown away, and not only what it was asked for here:
+                // the journal is written again before the next flush.
                 let why = format!("the server failed a flush: {error}");
                 state.stuck = Some(error.to_string());
                 self.renew(&mut state, why);
@@ -325,6 +333,12 @@ impl Shared {
             op.finish(result);
         }
         self.told_drained(conn);
+    }
+
+    /// True if the server syncs for this one, and so may tell of the loss of what others wrote.
+    fn covers_others(&self, op: &Op) -> bool {
+        op.kind == Kind::Flush
+            || op.flags.contains(CommandFlags::FUA) && self.export.durability == Durability::Flush
     }
 
     fn told_drained(&self, conn: &Conn) {
