@@ -136,6 +136,30 @@ async fn a_fua_that_is_only_refused_leaves_the_connection_alone() {
     }
 }
 
+/// The server has told its failure once, and takes what it lost for written.
+#[tokio::test]
+async fn a_fua_beside_a_flush_that_failed_is_sent_again_after_the_replay() {
+    let (fake, client, mut conn) = connected(|plain| plain).await;
+    written(&client, &mut conn, 0, 1).await;
+    let flush = start_flush(&client);
+    let (flushing, _) = conn.request().await.unwrap();
+    let (writing, request) = start_durable_write(&client, &mut conn, 512, 2).await;
+    conn.fail(&flushing, error::EIO).await;
+    within(flush).await.unwrap().unwrap_err();
+    conn.done(&request).await;
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::DISC);
+    drop(conn);
+    let mut conn = fake.accept().await;
+    for (offset, byte) in [(0, 1), (512, 2)] {
+        assert!(!writing.is_finished(), "it was answered for what was lost");
+        let (request, payload) = conn.request().await.unwrap();
+        assert_eq!((request.offset, payload), (offset, vec![byte; 512]));
+        assert_eq!(request.flags.contains(CommandFlags::FUA), offset == 512);
+        conn.done(&request).await;
+    }
+    within(writing).await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn where_others_write_nothing_is_told_twice() {
     for loss in [false, true] {

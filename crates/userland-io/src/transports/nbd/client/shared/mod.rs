@@ -310,7 +310,10 @@ impl Shared {
         if op.kind.is_mutation() || op.kind == Kind::Flush {
             let mut state = self.state();
             let covers = self.covers_others(op);
-            if op.kind == Kind::Flush && result.is_ok() && state.flush_failed_beside() {
+            if covers && result.is_ok() && state.flush_failed_beside() {
+                if op.kind.is_mutation() {
+                    state.again.insert(op.number);
+                }
                 self.place(&mut state, op.clone());
                 drop(state);
                 return self.told_drained(conn);
@@ -552,7 +555,8 @@ impl State {
         self.doubts.see(range);
     }
 
-    /// True if a flush has failed in this session: one that was on its way with it covers nothing, whatever it says.
+    /// True if a flush has failed in this session: one that was on its way with it covers nothing, whatever it says, and no
+    /// FUA is sure to have made its own bytes durable.
     fn flush_failed_beside(&self) -> bool {
         self.stuck.is_some() && (self.renew.is_some() || !matches!(self.phase, Phase::Up))
     }
