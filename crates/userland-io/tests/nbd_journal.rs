@@ -11,8 +11,8 @@ use userland_io::transports::nbd::wire::{CommandFlags, Request, cmd, error};
 use userland_io::{Device, Engine, ErrorKind, Result, WriteBuf, WriteFlags};
 mod nbd_peers;
 use nbd_peers::requests::{
-    NONE, beside_flushes, connected, ends_for_good, failed, read, seen, start_flush, start_write,
-    write, written,
+    NONE, beside_flushes, connected, ends_for_good, failed, read, seen, start_flush, start_read,
+    start_write, write, written,
 };
 use nbd_peers::{Fake, FakeConn, within};
 
@@ -328,6 +328,52 @@ async fn a_write_that_was_seen_on_its_way_and_failed_is_not_undone_by_the_replay
     assert!(error.to_string().contains("not reachable"), "{error}");
     let mut conn = fake.accept().await;
     assert!(conn.request().await.is_none(), "it goes on");
+    let error = read(&client, 0, 512).await.unwrap_err().to_string();
+    assert!(error.contains("opened anew"), "{error}");
+}
+
+/// The replay has put older bytes in its place by then.
+#[tokio::test]
+async fn a_write_that_was_seen_and_fails_when_it_is_sent_again_ends_the_client() {
+    let (fake, client, mut conn) = connected(|plain| plain).await;
+    written(&client, &mut conn, 0, 1).await;
+    let writing = start_write(&client, 0, 2);
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::WRITE);
+    seen(&client, &mut conn, 0, 2).await;
+    drop(conn);
+    let mut conn = fake.accept().await;
+    let reading = start_read(&client, 0);
+    for byte in [1, 2] {
+        let (request, payload) = conn.request().await.unwrap();
+        assert_eq!((request.command, payload), (cmd::WRITE, vec![byte; 512]));
+        match byte {
+            1 => conn.done(&request).await,
+            _ => conn.fail(&request, error::ENOSPC).await,
+        }
+    }
+    let error = within(writing).await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    assert!(beside_flushes(&mut conn).await.is_none(), "it goes on");
+    let error = within(reading).await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("opened anew"), "{error}");
+}
+
+#[tokio::test]
+async fn a_write_that_was_seen_and_fails_during_the_replay_ends_the_client() {
+    let (fake, client, mut conn) = connected(|to| to.reconnect(Duration::from_millis(50))).await;
+    written(&client, &mut conn, 0, 1).await;
+    let writing = start_write(&client, 0, 2);
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::WRITE);
+    seen(&client, &mut conn, 0, 2).await;
+    drop(conn);
+    let mut conn = fake.accept().await;
+    let (request, payload) = conn.request().await.unwrap();
+    assert_eq!((request.command, payload), (cmd::WRITE, vec![1; 512]));
+    // It takes too long, so the write fails.
+    let error = within(writing).await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("not reachable"), "{error}");
+    conn.done(&request).await;
+    assert!(beside_flushes(&mut conn).await.is_none(), "it goes on");
     let error = read(&client, 0, 512).await.unwrap_err().to_string();
     assert!(error.contains("opened anew"), "{error}");
 }

@@ -456,6 +456,7 @@ impl Shared {
             (_, kind) if kind.is_mutation() => {
                 let in_flight = state.ranges.remove(&op.range.start);
                 state.numbers.remove(&op.number);
+                let again = state.again.remove(&op.number);
                 match &result {
                     Ok(_) => {
                         state.doubts.forget(&op.range);
@@ -465,11 +466,19 @@ impl Shared {
                         let stamp = state.journal.next_stamp();
                         let seen = in_flight.is_some_and(|in_flight| in_flight.seen);
                         state.doubts.add(op.range.clone(), stamp, seen);
+                        // The journal has put older bytes over what was seen.
+                        if again
+                            && seen
+                            && let Phase::Up = state.phase
+                            && let Some(why) = state.undone()
+                        {
+                            self.latch(state, why);
+                        }
                     }
                     Err(_) => {}
                 }
                 self.make_room(state, false);
-                if state.again.remove(&op.number) && state.again.is_empty() {
+                if again && state.again.is_empty() {
                     self.place_queue(state);
                 }
                 self.ended.notify_waiters();

@@ -44,11 +44,8 @@ impl Shared {
     /// What the server that is back has to be told again; an error if not all of it is known.
     pub(in super::super) fn restorable(&self) -> Result<Vec<(Range<u64>, Content)>, String> {
         let state = self.state();
-        if let Some(range) = state.doubts.seen() {
-            return Err(format!(
-                "a mutation of bytes {range:?} failed, a read has shown what it did or did not do, and a server that was \
-                 lost before a flush may not have kept it so"
-            ));
+        if let Some(why) = state.undone() {
+            return Err(why);
         }
         match state.journal.is_incomplete() {
             true => Err(format!(
@@ -64,6 +61,10 @@ impl Shared {
         let mut state = self.state();
         if matches!(state.phase, Phase::Failed(_) | Phase::Closed) {
             return;
+        }
+        // What failed while the journal was written: the wait for the server took too long.
+        if let Some(why) = state.undone() {
+            return self.latch(&mut state, why);
         }
         state.phase = Phase::Up;
         state.renew = None;
@@ -141,5 +142,16 @@ impl Shared {
         }
         self.budget.freed.notify_waiters();
         self.ended.notify_waiters();
+    }
+}
+
+impl State {
+    /// Why readers may see time go backwards after the loss of a server, if they may.
+    pub(super) fn undone(&self) -> Option<String> {
+        let range = self.doubts.seen()?;
+        Some(format!(
+            "a mutation of bytes {range:?} failed, a read has shown what it did or did not do, and a server that was \
+             lost before a flush may not have kept it so"
+        ))
     }
 }
