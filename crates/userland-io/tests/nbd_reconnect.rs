@@ -237,6 +237,35 @@ async fn a_server_that_shuts_down_is_left_and_its_successor_asked() {
     assert_eq!(within(reading).await.unwrap().unwrap(), [7; 512]);
 }
 
+/// It may have acted in part, and somebody may have read it: the replay puts older bytes there, which nobody may see.
+#[tokio::test]
+async fn what_a_server_that_shuts_down_refused_comes_before_all_else_at_its_successor() {
+    let (fake, client, mut conn) = connected(|plain| plain).await;
+    written(&client, &mut conn, 0, 1).await;
+    let writing = start_write(&client, 0, 2);
+    let (request, _) = conn.request().await.unwrap();
+    seen(&client, &mut conn, 0, 2).await;
+    conn.fail(&request, error::ESHUTDOWN).await;
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::DISC);
+    drop(conn);
+    let reading = start_read(&client, 0);
+    let mut conn = fake.accept().await;
+    for byte in [1, 2] {
+        let (request, payload) = conn.request().await.unwrap();
+        assert_eq!((request.command, payload), (cmd::WRITE, vec![byte; 512]));
+        assert!(
+            conn.is_quiet().await,
+            "it did not wait for the write of {byte}"
+        );
+        conn.done(&request).await;
+    }
+    within(writing).await.unwrap().unwrap();
+    let (request, _) = conn.request().await.unwrap();
+    assert_eq!(request.command, cmd::READ);
+    conn.data(&request, &[2; 512]).await;
+    within(reading).await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn when_one_connection_is_lost_the_others_finish_first() {
     let mut fake = Fake::new(ReplyMode::Structured).await;

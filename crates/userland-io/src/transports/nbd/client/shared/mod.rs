@@ -301,6 +301,10 @@ impl Shared {
                 // It asks to be left; another may have taken its place.
                 let mut state = self.state();
                 self.renew(&mut state, "the server is shutting down".to_owned());
+                // It may have acted in part.
+                if op.kind.is_mutation() {
+                    state.again.insert(op.number);
+                }
                 self.place(&mut state, op.clone());
                 self.told_drained(conn);
                 return;
