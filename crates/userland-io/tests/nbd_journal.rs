@@ -332,6 +332,24 @@ async fn a_write_that_was_seen_on_its_way_and_failed_is_not_undone_by_the_replay
     assert!(error.contains("opened anew"), "{error}");
 }
 
+/// The server may have zeroed what came before the piece that would not be fast.
+#[tokio::test]
+async fn a_fast_zero_that_was_refused_may_have_acted() {
+    let (fake, client, mut conn) = connected(|plain| plain).await;
+    written(&client, &mut conn, 0, 1).await;
+    let task = client.clone();
+    let zeroing =
+        tokio::spawn(async move { within(task.write_zeroes(0..512, WriteFlags::FAST_ONLY)).await });
+    let (request, _) = conn.request().await.unwrap();
+    assert_eq!(request.command, cmd::WRITE_ZEROES);
+    conn.fail(&request, error::ENOTSUP).await;
+    let error = within(zeroing).await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    seen(&client, &mut conn, 0, 0).await;
+    drop(conn);
+    ends_for_good(&client, &fake).await;
+}
+
 /// The replay has put older bytes in its place by then.
 #[tokio::test]
 async fn a_write_that_was_seen_and_fails_when_it_is_sent_again_ends_the_client() {

@@ -157,13 +157,10 @@ impl Op {
         self.sent.store(true, Ordering::Relaxed);
     }
 
-    /// True if it may have acted, though it failed with `error`.
-    pub(super) fn may_have_acted(&self, error: &Error) -> bool {
-        // The answer to a fast zero that would not be fast, with nothing changed.
-        let refused = self.flags.contains(CommandFlags::FAST_ZERO)
-            && error.kind() == ErrorKind::Unsupported
-            && self.tries.load(Ordering::Relaxed) == 0;
-        self.sent.load(Ordering::Relaxed) && !refused
+    /// True if it may have acted, should it fail: a fast zero that was refused, too, since pieces before the refused one may
+    /// be zeroes.
+    pub(super) fn may_have_acted(&self) -> bool {
+        self.sent.load(Ordering::Relaxed)
     }
 
     fn reply(&self) -> MutexGuard<'_, Reply> {

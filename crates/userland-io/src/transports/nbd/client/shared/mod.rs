@@ -466,7 +466,7 @@ impl Shared {
                         state.doubts.forget(&op.range);
                         self.record(state, op);
                     }
-                    Err(error) if op.may_have_acted(error) => {
+                    Err(_) if op.may_have_acted() => {
                         let stamp = state.journal.next_stamp();
                         let seen = in_flight.is_some_and(|in_flight| in_flight.seen);
                         state.doubts.add(op.range.clone(), stamp, seen);
