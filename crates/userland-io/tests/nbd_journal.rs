@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use userland_io::transports::nbd::Client;
 use userland_io::transports::nbd::session::ReplyMode;
-use userland_io::transports::nbd::wire::{CommandFlags, Request, cmd, error};
+use userland_io::transports::nbd::wire::{CommandFlags, Request, TransmissionFlags, cmd, error};
 use userland_io::{Device, Engine, ErrorKind, Result, WriteBuf, WriteFlags};
 mod nbd_peers;
 use nbd_peers::requests::{
@@ -436,6 +436,54 @@ async fn a_flush_settles_a_failed_write_without_being_asked_for() {
     drop(conn);
     let mut conn = fake.accept().await;
     seen(&client, &mut conn, 0, 2).await;
+}
+
+/// There is no flush that could settle it.
+#[tokio::test]
+async fn without_flush_a_failed_write_that_was_seen_fails_flushes_until_it_is_written_anew() {
+    let mut fake = Fake::new(ReplyMode::Structured).await;
+    fake.flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FUA;
+    let uri = fake.uri();
+    let (client, mut conn) = tokio::join!(Client::connect(&uri), fake.accept());
+    let client = Arc::new(client.unwrap());
+    failed(&client, &mut conn, 0, 1).await;
+    // What nobody knows of may be lost.
+    within(client.flush()).await.unwrap();
+    seen(&client, &mut conn, 0, 1).await;
+    for _ in 0..2 {
+        let error = within(client.flush()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Io);
+        assert!(error.to_string().contains("0..512"), "{error}");
+    }
+    written(&client, &mut conn, 0, 1).await;
+    within(client.flush()).await.unwrap();
+}
+
+/// A write that was on its way when the flush began has to have ended well, or not to have been seen.
+#[tokio::test]
+async fn without_flush_a_flush_tells_what_became_of_the_writes_that_it_waits_for() {
+    let mut fake = Fake::new(ReplyMode::Structured).await;
+    fake.flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FUA;
+    let uri = fake.uri();
+    for loss in [false, true] {
+        let (client, mut conn) = tokio::join!(Client::connect(&uri), fake.accept());
+        let client = Arc::new(client.unwrap());
+        let writing = start_write(&client, 0, 1);
+        let (request, _) = conn.request().await.unwrap();
+        seen(&client, &mut conn, 0, 1).await;
+        let flush = start_flush(&client);
+        // It has begun.
+        seen(&client, &mut conn, 0, 1).await;
+        assert!(!flush.is_finished());
+        match loss {
+            true => conn.raw(&[0x5a; 64]).await,
+            false => conn.fail(&request, error::EIO).await,
+        }
+        within(writing).await.unwrap().unwrap_err();
+        let error = within(flush).await.unwrap().unwrap_err();
+        let latched = error.to_string().contains("opened anew");
+        assert_eq!(latched, loss, "{error}");
+    }
 }
 
 #[tokio::test]

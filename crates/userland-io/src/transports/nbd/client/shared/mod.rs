@@ -235,13 +235,23 @@ impl Shared {
                 };
                 Wait(op).await.map(drop)
             }
-            Durability::Always => match self.refuse(&self.state()) {
-                Ok(()) => Ok(()),
-                Err(error) => Err(error),
-            },
+            Durability::Always => Ok(()),
             Durability::Never => Err(ErrorKind::Unsupported.into()),
         };
         self.settle_before(barrier).await;
+        if self.export.durability == Durability::Always {
+            let state = self.state();
+            self.refuse(&state)?;
+            if let Some(range) = state.doubts.seen() {
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format!(
+                        "a mutation of bytes {range:?} failed, a read has shown what it did or did not do, and the server has \
+                         no flush to settle it: write them anew"
+                    ),
+                ));
+            }
+        }
         answer
     }
 
