@@ -11,6 +11,9 @@ use nbd_peers::{Fake, Peer, within};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::ReplyMode;
+use userland_io::transports::nbd::wire::{
+    Greeting, HandshakeFlags, OptionHeader, OptionReply, opt, rep,
+};
 use userland_io::transports::nbd::{Client, ConnectError, Server};
 use userland_io::{
     CrashLevel, Device, Discard, Engine, ErrorKind, ExtentKind, Extents, Features, Geometry,
@@ -473,6 +476,70 @@ async fn a_server_that_requires_tls_is_told_apart() {
             matches!(refused, Err(ConnectError::TlsRequired)),
             "{refused:?}"
         );
+    }
+}
+
+/// A server that lists whatever `entry` is, without end.
+async fn lists_without_end(fake: &Fake, entry: &[u8]) {
+    let mut stream = fake.accept_raw().await;
+    let flags = HandshakeFlags::all();
+    stream
+        .write_all(&Greeting { flags }.encode())
+        .await
+        .unwrap();
+    let mut asked = [0; 4 + OptionHeader::LEN];
+    within(stream.read_exact(&mut asked)).await.unwrap();
+    let reply = OptionReply {
+        option: opt::LIST,
+        kind: rep::SERVER,
+        length: entry.len() as u32,
+    };
+    let mut bytes = reply.encode().to_vec();
+    bytes.extend_from_slice(entry);
+    while stream.write_all(&bytes).await.is_ok() {}
+}
+
+#[tokio::test]
+async fn lists_that_are_too_long_are_refused() {
+    let entry = |name: usize, description: usize| {
+        let mut entry = (name as u32).to_be_bytes().to_vec();
+        entry.resize(4 + name + description, b'x');
+        entry
+    };
+    let fake = Fake::new(ReplyMode::Simple).await;
+    let uri = fake.uri();
+    for (entry, wanted) in [
+        (entry(4097, 0), "of 4097 bytes"),
+        (entry(1, 4097), "of 4097 bytes"),
+        (entry(1, 0), "more than 10000 exports"),
+        (entry(4096, 4096), "in all"),
+    ] {
+        let (listed, ()) =
+            tokio::join!(within(Client::list(&uri)), lists_without_end(&fake, &entry));
+        let error = listed.unwrap_err();
+        assert!(matches!(error, ConnectError::Protocol(_)), "{error}");
+        assert!(error.to_string().contains(wanted), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn contexts_that_were_not_asked_for_or_have_long_names_are_refused() {
+    for (contexts, wanted) in [
+        (
+            vec!["base:allocation", "x-test:more"],
+            "more metadata contexts than the 1",
+        ),
+        (vec!["x".repeat(4097).leak() as &str], "of 4097 bytes"),
+    ] {
+        let mut fake = Fake::new(ReplyMode::Structured).await;
+        fake.contexts = contexts;
+        let uri = fake.uri();
+        let error = tokio::select! {
+            connected = within(Client::connect(&uri)) => connected.unwrap_err(),
+            _ = fake.accept() => panic!("the handshake went on"),
+        };
+        assert!(matches!(error, ConnectError::Protocol(_)), "{error}");
+        assert!(error.to_string().contains(wanted), "{error}");
     }
 }
 

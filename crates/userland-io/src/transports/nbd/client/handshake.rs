@@ -3,8 +3,9 @@
 //! Asks for extended headers, else structured replies, else makes do with simple
 //! ones; selects metadata contexts; then `GO`, or `EXPORT_NAME` where a server
 //! has no `GO`. Nothing that a server says makes it allocate more than
-//! [`MAX_REPLY`] at a time or [`MAX_LIST`] entries in all. The caller sets the
-//! time limit, and counts on nothing having been read beyond the handshake.
+//! [`MAX_REPLY`] at a time, or keep more than [`MAX_LIST`] entries and
+//! [`MAX_TEXT`] in all. The caller sets the time limit, and counts on nothing
+//! having been read beyond the handshake.
 
 use std::io;
 
@@ -21,6 +22,8 @@ use crate::transports::nbd::wire::{
 const MAX_REPLY: u32 = 1 << 16;
 /// The most entries of a list that are taken.
 const MAX_LIST: usize = 10_000;
+/// The most bytes of names and descriptions that are kept of all lists together.
+const MAX_TEXT: usize = 16 << 20;
 /// The most metadata contexts that are selected.
 const MAX_CONTEXTS: usize = 64;
 
@@ -115,7 +118,12 @@ where
         let reply = haggler.reply(opt::LIST).await?;
         match reply.kind {
             rep::ACK => break,
-            rep::SERVER if exports.len() < MAX_LIST => exports.push(listed(&reply.data)?),
+            rep::SERVER if exports.len() < MAX_LIST => {
+                let export = listed(&reply.data)?;
+                haggler.keep(opt::LIST, &export.name)?;
+                haggler.keep(opt::LIST, &export.description)?;
+                exports.push(export);
+            }
             rep::SERVER => {
                 return Err(ConnectError::Protocol(format!(
                     "it lists more than {MAX_LIST} exports"
@@ -151,6 +159,8 @@ struct Haggler<'a, S> {
     fixed: bool,
     /// The zeroes after `EXPORT_NAME` are left out.
     no_zeroes: bool,
+    /// Of [`MAX_TEXT`].
+    kept: usize,
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggler<'a, S> {
@@ -182,7 +192,23 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggler<'a, S> {
             stream,
             fixed,
             no_zeroes,
+            kept: 0,
         })
+    }
+
+    /// Counts `text`, of a list that `option` brought, among what is kept.
+    fn keep(&mut self, option: u32, text: &str) -> Result<(), ConnectError> {
+        let option = opt::name(option);
+        self.kept += text.len();
+        match text.len() {
+            0..=MAX_STRING if self.kept <= MAX_TEXT => Ok(()),
+            0..=MAX_STRING => Err(ConnectError::Protocol(format!(
+                "the names that {option} brings have more than {MAX_TEXT} bytes in all"
+            ))),
+            length => Err(ConnectError::Protocol(format!(
+                "{option} brings a text of {length} bytes, and no text may have more than {MAX_STRING}"
+            ))),
+        }
     }
 
     async fn send(&mut self, option: u32, data: &[u8]) -> Result<(), ConnectError> {
@@ -266,6 +292,10 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggler<'a, S> {
             data.extend_from_slice(&string(query));
         }
         self.send(option, &data).await?;
+        let (most, which) = match option {
+            opt::SET_META_CONTEXT => (queries.len(), "that were asked for"),
+            _ => (MAX_LIST, "that are taken"),
+        };
         let mut found: Vec<(String, u32)> = Vec::new();
         loop {
             let reply = self.reply(option).await?;
@@ -277,13 +307,14 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggler<'a, S> {
                             "a metadata context without an id".into(),
                         ));
                     };
-                    if found.len() >= MAX_LIST {
+                    if found.len() >= most {
                         return Err(ConnectError::Protocol(format!(
-                            "it lists more than {MAX_LIST} metadata contexts"
+                            "it tells more metadata contexts than the {most} {which}"
                         )));
                     }
                     // A name that is no string cannot be asked for either.
                     if let Ok(name) = std::str::from_utf8(name) {
+                        self.keep(option, name)?;
                         found.push((name.to_owned(), u32::from_be_bytes(*id)));
                     }
                 }

@@ -118,7 +118,8 @@ impl Client {
         }
     }
 
-    /// The exports that a server lists; the export that `uri` names plays no part. At most 10,000.
+    /// The exports that a server lists; the export that `uri` names plays no part. At most 10,000, with
+    /// 16 MiB of names and descriptions.
     ///
     /// # Errors
     /// As for [`connect`](Self::connect), and if the server does not give its list away.
