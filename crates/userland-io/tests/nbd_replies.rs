@@ -1,10 +1,16 @@
 //! What the NBD server answers: chunks, holes, block status, and the error for each
 //! request that makes no sense, after which the connection goes on.
 
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use userland_io::engines::Memory;
 use userland_io::transports::nbd::session::{ReplyMode, Session};
 use userland_io::transports::nbd::wire::{CommandFlags, TransmissionFlags, chunk, cmd, error};
-use userland_io::{Device, Error, ErrorKind};
+use userland_io::{
+    Device, Engine, Error, ErrorKind, ExtentKind, Extents, Features, Geometry, ReadBuf, Result,
+};
 
 #[path = "common/nbd_peer.rs"]
 mod nbd_peer;
@@ -371,6 +377,38 @@ async fn a_disk_full_of_data_is_hardly_asked_for_holes() {
     let asked = log.iter().filter(|what| what.contains("extents")).count();
     assert!((1..=4).contains(&asked), "{asked} questions for 128 reads");
     assert!(log.len() >= 128);
+    peer.leave().await;
+}
+
+/// Tells of one byte, whatever it is asked, and counts how often that is.
+#[derive(Clone, Default)]
+struct Crumbs(Arc<AtomicUsize>);
+
+impl Engine for Crumbs {
+    fn geometry(&self) -> Geometry {
+        let mut geometry = Geometry::read_only(SIZE);
+        geometry.features |= Features::EXTENTS;
+        geometry
+    }
+    async fn read(&self, buf: &mut ReadBuf<'_>, _: u64) -> Result {
+        buf.fill(7);
+        Ok(())
+    }
+    async fn extents(&self, _: Range<u64>, out: &mut Extents) -> Result {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        out.push(1, ExtentKind::Data);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_tells_holes_byte_by_byte_is_not_asked_for_ever() {
+    let disk = Crumbs::default();
+    let device = Device::open(disk.clone()).await.unwrap();
+    let mut peer = Peer::new(&device, session(ReplyMode::Structured, SIZE));
+    assert!(peer.read(0, MIB).await.data == vec![7; MIB]);
+    let asked = disk.0.load(Ordering::Relaxed);
+    assert!((1..=100).contains(&asked), "asked {asked} times");
     peer.leave().await;
 }
 

@@ -149,9 +149,12 @@ async fn read_sparse<E: Engine>(
     let len = buffer.len() as u64;
     let ahead = len.max(holes::AHEAD).min(session.size - offset);
     let mut extents = Extents::new(MOST_RUNS);
-    // A failed question costs nothing but the zeroes: the read decides.
-    while extents.covered() < len && !extents.is_full() {
+    // A failed question costs nothing but the zeroes, and so does what is not told in time: the read decides.
+    for _ in 0..status::MOST_ASKED {
         let before = extents.covered();
+        if before >= len || extents.is_full() {
+            break;
+        }
         let mut more = Extents::new(extents.room());
         let rest = offset + before..offset + ahead;
         if device.extents(rest, &mut more).await.is_err() {

@@ -9,9 +9,9 @@ use crate::{Device, Engine, Extent, ExtentKind, Extents, Result};
 /// The most extents told of one context: what clients ask for again, from where the answer ends.
 pub(super) const MOST_EXTENTS: usize = 1024;
 
-/// How often an engine is asked for one context: one that tells a byte at a time, as another's server behind it may, would
-/// keep the request busy for ever.
-const MOST_ASKED: usize = 64;
+/// How often an engine is asked for one context, or for the holes of a read: one that tells a byte at a time, as another's
+/// server behind it may, would keep the request busy for ever.
+pub(super) const MOST_ASKED: usize = 64;
 
 /// What one context says.
 #[derive(Debug, PartialEq, Eq)]
