@@ -73,6 +73,8 @@ struct State {
     upkeep: bool,
     /// Why flushes of our own are of no use now.
     stuck: Option<String>,
+    /// The server has failed to make something durable, and was not told again yet what it may have lost.
+    unsynced: bool,
 }
 
 /// The range of a mutation in flight, from its start on.
@@ -119,6 +121,7 @@ impl Shared {
                 doubts: Doubts::default(),
                 upkeep: false,
                 stuck: None,
+                unsynced: false,
             }),
             ended: Notify::new(),
             event: Notify::new(),
@@ -324,7 +327,8 @@ impl Shared {
         if op.kind.is_mutation() || op.kind == Kind::Flush {
             let mut state = self.state();
             let covers = self.covers_others(op);
-            if covers && result.is_ok() && state.flush_failed_beside() {
+            if covers && result.is_ok() && state.unsynced {
+                // It covers nothing, whatever the server says: not even its own bytes.
                 if op.kind.is_mutation() {
                     state.again.insert(op.number);
                 }
@@ -339,7 +343,10 @@ impl Shared {
                 // What the server failed to make durable it may have thrown away, and not only what it was asked for here:
                 // the journal is written again before the next flush.
                 let why = format!("the server failed a flush: {error}");
-                state.stuck = Some(error.to_string());
+                state.unsynced = true;
+                if op.kind == Kind::Flush {
+                    state.stuck = Some(error.to_string());
+                }
                 self.renew(&mut state, why);
             }
             self.settle(&mut state, op, result);
@@ -576,12 +583,6 @@ impl State {
             in_flight.seen = true;
         }
         self.doubts.see(range);
-    }
-
-    /// True if a flush has failed in this session: one that was on its way with it covers nothing, whatever it says, and no
-    /// FUA is sure to have made its own bytes durable.
-    fn flush_failed_beside(&self) -> bool {
-        self.stuck.is_some() && (self.renew.is_some() || !matches!(self.phase, Phase::Up))
     }
 
     /// False for what has to wait for the mutations that are sent again.
