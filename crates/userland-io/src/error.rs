@@ -121,6 +121,16 @@ impl Error {
         Error(Repr::Errno(errno))
     }
 
+    /// The same, in the words of whoever told it.
+    #[cfg(feature = "nbd")]
+    pub(crate) fn told(errno: i32, text: String) -> Self {
+        Error(Repr::Custom(Box::new(Custom {
+            kind: ErrorKind::from_errno(errno),
+            errno: Some(errno),
+            source: text.into(),
+        })))
+    }
+
     /// What a caller acts on.
     pub const fn kind(&self) -> ErrorKind {
         match &self.0 {

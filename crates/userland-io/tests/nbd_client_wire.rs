@@ -86,6 +86,28 @@ async fn errors_of_the_server_keep_their_meaning() {
 }
 
 #[tokio::test]
+async fn zeroes_that_are_too_many_for_the_server_are_told_so_whatever_it_says_beside() {
+    for text in [&b""[..], b"too long"] {
+        let fake = Fake::new(ReplyMode::Structured).await;
+        let uri = fake.uri();
+        let (client, mut conn) = tokio::join!(Client::connect(&uri), fake.accept());
+        let client = client.unwrap();
+        let (zeroed, ()) = tokio::join!(
+            within(client.write_zeroes(0..512, WriteFlags::empty())),
+            async {
+                let (request, _) = conn.request().await.unwrap();
+                let mut failure = error::EOVERFLOW.to_be_bytes().to_vec();
+                failure.extend_from_slice(&(text.len() as u16).to_be_bytes());
+                failure.extend_from_slice(text);
+                conn.chunk(&request, chunk::ERROR, true, &failure).await;
+            }
+        );
+        // Then the edge writes them.
+        assert_eq!(zeroed.unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+}
+
+#[tokio::test]
 async fn replies_in_any_order_and_in_pieces_reach_their_requests() {
     for mode in [
         ReplyMode::Simple,

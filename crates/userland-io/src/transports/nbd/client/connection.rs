@@ -12,9 +12,9 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 
 use super::op::{Kind, Op};
+use crate::Error;
 use crate::transports::nbd::session::ReplyMode;
 use crate::transports::nbd::wire::{CommandFlags, Request, cmd, error};
-use crate::{Error, ErrorKind};
 
 /// Payloads up to this length are copied to travel with their neighbours.
 const COPIED: usize = 16 << 10;
@@ -106,8 +106,8 @@ impl From<Failure> for Error {
         };
         match failure.text.is_empty() {
             true => Error::from_errno(errno),
-            false => Error::new(
-                ErrorKind::from_errno(errno),
+            false => Error::told(
+                errno,
                 format!("the server says: {}", failure.text.escape_debug()),
             ),
         }
