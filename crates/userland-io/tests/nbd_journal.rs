@@ -4,17 +4,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::task::JoinHandle;
 use userland_io::transports::nbd::Client;
 use userland_io::transports::nbd::session::ReplyMode;
-use userland_io::transports::nbd::wire::{CommandFlags, Request, TransmissionFlags, cmd, error};
-use userland_io::{Device, Engine, ErrorKind, Result, WriteBuf, WriteFlags};
+use userland_io::transports::nbd::wire::{TransmissionFlags, cmd, error};
+use userland_io::{Device, Engine, ErrorKind, WriteBuf, WriteFlags};
 mod nbd_peers;
 use nbd_peers::requests::{
     NONE, beside_flushes, connected, ends_for_good, failed, read, seen, start_flush, start_read,
     start_write, write, written,
 };
-use nbd_peers::{Fake, FakeConn, within};
+use nbd_peers::{Fake, within};
 
 #[tokio::test]
 async fn what_completed_while_a_flush_ran_is_told_again() {
@@ -83,85 +82,6 @@ async fn a_flush_beside_one_that_failed_is_sent_again_after_the_replay() {
     assert!(!lied_to.is_finished(), "it was answered for what was lost");
     conn.done(&request).await;
     within(lied_to).await.unwrap().unwrap();
-}
-
-/// Starts a write with `FUA`, which the server gets.
-async fn start_durable_write(
-    client: &Arc<Client>,
-    conn: &mut FakeConn,
-    offset: u64,
-    byte: u8,
-) -> (JoinHandle<Result>, Request) {
-    let task = client.clone();
-    let writing =
-        tokio::spawn(async move { write(&task, offset, &[byte; 512], WriteFlags::FUA).await });
-    let (request, _) = conn.request().await.unwrap();
-    assert!(request.flags.contains(CommandFlags::FUA));
-    (writing, request)
-}
-
-/// What a server syncs for one write it may throw away of all.
-#[tokio::test]
-async fn after_a_failed_fua_the_journal_is_written_again_before_the_next_flush() {
-    for number in [error::EIO, error::ENOSPC, error::EINVAL, error::EPERM] {
-        let (fake, client, mut conn) = connected(|plain| plain).await;
-        written(&client, &mut conn, 0, 1).await;
-        let (writing, request) = start_durable_write(&client, &mut conn, 512, 2).await;
-        conn.fail(&request, number).await;
-        within(writing).await.unwrap().unwrap_err();
-        let (request, _) = conn.request().await.unwrap();
-        assert_eq!(request.command, cmd::DISC, "after error {number}");
-        drop(conn);
-        let mut conn = fake.accept().await;
-        let (request, payload) = conn.request().await.unwrap();
-        assert_eq!((request.command, payload), (cmd::WRITE, vec![1; 512]));
-        let flush = start_flush(&client);
-        assert!(conn.is_quiet().await, "it did not wait for the replay");
-        conn.done(&request).await;
-        // One of its own, to settle the failed write, and the caller's.
-        for _ in 0..2 {
-            let (request, _) = conn.request().await.unwrap();
-            assert_eq!(request.command, cmd::FLUSH);
-            conn.done(&request).await;
-        }
-        within(flush).await.unwrap().unwrap();
-    }
-}
-
-#[tokio::test]
-async fn a_fua_that_is_only_refused_leaves_the_connection_alone() {
-    for number in [error::ENOTSUP, error::EOVERFLOW] {
-        let (_fake, client, mut conn) = connected(|plain| plain).await;
-        written(&client, &mut conn, 0, 1).await;
-        let (writing, request) = start_durable_write(&client, &mut conn, 512, 2).await;
-        conn.fail(&request, number).await;
-        within(writing).await.unwrap().unwrap_err();
-        seen(&client, &mut conn, 512, 0).await;
-    }
-}
-
-/// The server has told its failure once, and takes what it lost for written.
-#[tokio::test]
-async fn a_fua_beside_a_flush_that_failed_is_sent_again_after_the_replay() {
-    let (fake, client, mut conn) = connected(|plain| plain).await;
-    written(&client, &mut conn, 0, 1).await;
-    let flush = start_flush(&client);
-    let (flushing, _) = conn.request().await.unwrap();
-    let (writing, request) = start_durable_write(&client, &mut conn, 512, 2).await;
-    conn.fail(&flushing, error::EIO).await;
-    within(flush).await.unwrap().unwrap_err();
-    conn.done(&request).await;
-    assert_eq!(conn.request().await.unwrap().0.command, cmd::DISC);
-    drop(conn);
-    let mut conn = fake.accept().await;
-    for (offset, byte) in [(0, 1), (512, 2)] {
-        assert!(!writing.is_finished(), "it was answered for what was lost");
-        let (request, payload) = conn.request().await.unwrap();
-        assert_eq!((request.offset, payload), (offset, vec![byte; 512]));
-        assert_eq!(request.flags.contains(CommandFlags::FUA), offset == 512);
-        conn.done(&request).await;
-    }
-    within(writing).await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -60,8 +60,8 @@ use supervisor::{Plan, Session};
 /// again before anything else is sent, so that readers never see time go backwards and a flush never covers less than it
 /// says. The journal is bounded ([`ClientBuilder::journal`](Builder::journal)): when half of it is used the client flushes
 /// on its own, and when it is full a mutation waits. Only the newest bytes of a range are kept, so a replay never puts old
-/// bytes over what a flush or `FUA` has made durable. A server whose flush fails is treated alike, or a mutation with `FUA`:
-/// it is connected to anew, and told again. Where there is no journal to rely on (a size of 0; or a server with neither flush nor `FUA`, once the
+/// bytes over what a flush or `FUA` has made durable. A server whose flush fails is treated alike: it is connected to anew,
+/// and told again. Where there is no journal to rely on (a size of 0; or a server with neither flush nor `FUA`, once the
 /// journal is full), the loss of a server with unflushed mutations ends the client: every request fails until it is opened anew.
 ///
 /// *What was on its way* is sent again. It cannot pass anything newer: mutations that overlap are never in flight together,

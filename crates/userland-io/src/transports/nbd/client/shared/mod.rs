@@ -73,8 +73,6 @@ struct State {
     upkeep: bool,
     /// Why flushes of our own are of no use now.
     stuck: Option<String>,
-    /// The server has failed to make something durable, and was not told again yet what it may have lost.
-    unsynced: bool,
 }
 
 /// The range of a mutation in flight, from its start on.
@@ -121,7 +119,6 @@ impl Shared {
                 doubts: Doubts::default(),
                 upkeep: false,
                 stuck: None,
-                unsynced: false,
             }),
             ended: Notify::new(),
             event: Notify::new(),
@@ -297,12 +294,6 @@ impl Shared {
 
     /// The server has answered `op`, which its connection has let go of.
     pub(super) fn answered(&self, conn: &Conn, op: &Arc<Op>, outcome: Result<Answer, Failure>) {
-        // Each only refuses. EINVAL says more: servers use it for whatever number the protocol lacks, and a failed sync has
-        // many of them. So does EPERM, of a file system that a failure made read-only.
-        let refused = matches!(
-            &outcome,
-            Err(failure) if matches!(failure.errno, error::ENOTSUP | error::EOVERFLOW)
-        );
         let result: Result<Answer> = match outcome {
             Ok(answer) => Ok(answer),
             Err(failure)
@@ -326,27 +317,18 @@ impl Shared {
         };
         if op.kind.is_mutation() || op.kind == Kind::Flush {
             let mut state = self.state();
-            let covers = self.covers_others(op);
-            if covers && result.is_ok() && state.unsynced {
-                // It covers nothing, whatever the server says: not even its own bytes.
-                if op.kind.is_mutation() {
-                    state.again.insert(op.number);
-                }
+            if op.kind == Kind::Flush && result.is_ok() && state.flush_failed_beside() {
                 self.place(&mut state, op.clone());
                 drop(state);
                 return self.told_drained(conn);
             }
-            if covers
+            if op.kind == Kind::Flush
                 && let Err(error) = &result
-                && (op.kind == Kind::Flush || !refused)
             {
-                // What the server failed to make durable it may have thrown away, and not only what it was asked for here:
-                // the journal is written again before the next flush.
+                // What the server failed to make durable it may have thrown away: the journal is written again
+                // before the next flush.
                 let why = format!("the server failed a flush: {error}");
-                state.unsynced = true;
-                if op.kind == Kind::Flush {
-                    state.stuck = Some(error.to_string());
-                }
+                state.stuck = Some(error.to_string());
                 self.renew(&mut state, why);
             }
             self.settle(&mut state, op, result);
@@ -357,12 +339,6 @@ impl Shared {
             op.finish(result);
         }
         self.told_drained(conn);
-    }
-
-    /// True if the server syncs for this one, and so may tell of the loss of what others wrote.
-    fn covers_others(&self, op: &Op) -> bool {
-        op.kind == Kind::Flush
-            || op.flags.contains(CommandFlags::FUA) && self.export.durability == Durability::Flush
     }
 
     fn told_drained(&self, conn: &Conn) {
@@ -583,6 +559,11 @@ impl State {
             in_flight.seen = true;
         }
         self.doubts.see(range);
+    }
+
+    /// True if a flush has failed in this session: one that was on its way with it covers nothing, whatever it says.
+    fn flush_failed_beside(&self) -> bool {
+        self.stuck.is_some() && (self.renew.is_some() || !matches!(self.phase, Phase::Up))
     }
 
     /// False for what has to wait for the mutations that are sent again.

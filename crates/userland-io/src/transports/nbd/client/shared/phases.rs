@@ -68,7 +68,6 @@ impl Shared {
         }
         state.phase = Phase::Up;
         state.renew = None;
-        state.unsynced = false;
         state.conns = conns;
         if state.conns.iter().any(|conn| conn.is_dead()) {
             state.phase = Phase::Down("the connection was lost again".to_owned());
