@@ -4,16 +4,17 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::task::JoinHandle;
 use userland_io::transports::nbd::Client;
 use userland_io::transports::nbd::session::ReplyMode;
 use userland_io::transports::nbd::wire::{TransmissionFlags, cmd, error};
-use userland_io::{Device, Engine, ErrorKind, WriteBuf, WriteFlags};
+use userland_io::{Device, Engine, ErrorKind, Result, WriteBuf, WriteFlags};
 mod nbd_peers;
 use nbd_peers::requests::{
     NONE, beside_flushes, connected, ends_for_good, failed, read, seen, start_flush, start_read,
     start_write, write, written,
 };
-use nbd_peers::{Fake, within};
+use nbd_peers::{Fake, FakeConn, within};
 
 #[tokio::test]
 async fn what_completed_while_a_flush_ran_is_told_again() {
@@ -239,13 +240,19 @@ async fn a_failed_write_that_was_seen_is_not_undone_by_the_replay() {
     ends_for_good(&client, &fake).await;
 }
 
+/// Writes 1s, which are answered, and then 2s, which are not, though a read shows them.
+async fn seen_on_its_way(client: &Arc<Client>, conn: &mut FakeConn) -> JoinHandle<Result> {
+    written(client, conn, 0, 1).await;
+    let writing = start_write(client, 0, 2);
+    assert_eq!(conn.request().await.unwrap().0.command, cmd::WRITE);
+    seen(client, conn, 0, 2).await;
+    writing
+}
+
 #[tokio::test]
 async fn a_write_that_was_seen_on_its_way_and_failed_is_not_undone_by_the_replay() {
     let (fake, client, mut conn) = connected(|to| to.reconnect(Duration::from_millis(50))).await;
-    written(&client, &mut conn, 0, 1).await;
-    let writing = start_write(&client, 0, 2);
-    assert_eq!(conn.request().await.unwrap().0.command, cmd::WRITE);
-    seen(&client, &mut conn, 0, 2).await;
+    let writing = seen_on_its_way(&client, &mut conn).await;
     drop(conn);
     // It takes too long, so the write fails.
     let error = within(writing).await.unwrap().unwrap_err();
@@ -278,10 +285,7 @@ async fn a_fast_zero_that_was_refused_may_have_acted() {
 #[tokio::test]
 async fn a_write_that_was_seen_and_fails_when_it_is_sent_again_ends_the_client() {
     let (fake, client, mut conn) = connected(|plain| plain).await;
-    written(&client, &mut conn, 0, 1).await;
-    let writing = start_write(&client, 0, 2);
-    assert_eq!(conn.request().await.unwrap().0.command, cmd::WRITE);
-    seen(&client, &mut conn, 0, 2).await;
+    let writing = seen_on_its_way(&client, &mut conn).await;
     drop(conn);
     let mut conn = fake.accept().await;
     let reading = start_read(&client, 0);
@@ -303,10 +307,7 @@ async fn a_write_that_was_seen_and_fails_when_it_is_sent_again_ends_the_client()
 #[tokio::test]
 async fn a_write_that_was_seen_and_fails_during_the_replay_ends_the_client() {
     let (fake, client, mut conn) = connected(|to| to.reconnect(Duration::from_millis(50))).await;
-    written(&client, &mut conn, 0, 1).await;
-    let writing = start_write(&client, 0, 2);
-    assert_eq!(conn.request().await.unwrap().0.command, cmd::WRITE);
-    seen(&client, &mut conn, 0, 2).await;
+    let writing = seen_on_its_way(&client, &mut conn).await;
     drop(conn);
     let mut conn = fake.accept().await;
     let (request, payload) = conn.request().await.unwrap();

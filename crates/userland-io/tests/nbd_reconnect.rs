@@ -3,15 +3,16 @@
 
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinHandle;
 use userland_io::transports::nbd::Client;
 use userland_io::transports::nbd::session::ReplyMode;
 use userland_io::transports::nbd::wire::{TransmissionFlags, cmd, error};
-use userland_io::{Engine, ErrorKind, WriteFlags};
+use userland_io::{Engine, ErrorKind, Result, WriteFlags};
 mod nbd_peers;
 use nbd_peers::requests::{
     NONE, connected, read, seen, start_flush, start_read, start_write, write, written,
 };
-use nbd_peers::{Fake, Peer, within};
+use nbd_peers::{Fake, FakeConn, Peer, within};
 
 #[tokio::test]
 async fn what_a_server_forgot_it_is_told_again_and_nothing_that_was_durable() {
@@ -83,6 +84,23 @@ async fn after_a_loss_comes_first_what_completed_then_what_was_on_its_way() {
     within(flush).await.unwrap().unwrap();
 }
 
+/// Takes the write that is told again and then the one that is sent again, each alone, and only then the read.
+async fn takes_writes_before_the_read(conn: &mut FakeConn, writing: JoinHandle<Result>) {
+    for byte in [1, 2] {
+        let (request, payload) = conn.request().await.unwrap();
+        assert_eq!((request.command, payload), (cmd::WRITE, vec![byte; 512]));
+        assert!(
+            conn.is_quiet().await,
+            "it did not wait for the write of {byte}"
+        );
+        conn.done(&request).await;
+    }
+    within(writing).await.unwrap().unwrap();
+    let (request, _) = conn.request().await.unwrap();
+    assert_eq!(request.command, cmd::READ);
+    conn.data(&request, &[2; 512]).await;
+}
+
 /// The write may have acted on the server that was lost, and somebody may have read it there. The replay puts
 /// older bytes over it, which nobody may see.
 #[tokio::test]
@@ -101,19 +119,7 @@ async fn a_read_waits_for_the_write_that_was_on_its_way_when_the_server_was_lost
     drop(conn);
 
     let mut conn = fake.accept().await;
-    for byte in [1, 2] {
-        let (request, payload) = conn.request().await.unwrap();
-        assert_eq!((request.command, payload), (cmd::WRITE, vec![byte; 512]));
-        assert!(
-            conn.is_quiet().await,
-            "it did not wait for the write of {byte}"
-        );
-        conn.done(&request).await;
-    }
-    within(writing).await.unwrap().unwrap();
-    let (request, _) = conn.request().await.unwrap();
-    assert_eq!(request.command, cmd::READ);
-    conn.data(&request, &[2; 512]).await;
+    takes_writes_before_the_read(&mut conn, writing).await;
     assert_eq!(within(reading).await.unwrap().unwrap(), [2; 512]);
 }
 
@@ -250,19 +256,7 @@ async fn what_a_server_that_shuts_down_refused_comes_before_all_else_at_its_succ
     drop(conn);
     let reading = start_read(&client, 0);
     let mut conn = fake.accept().await;
-    for byte in [1, 2] {
-        let (request, payload) = conn.request().await.unwrap();
-        assert_eq!((request.command, payload), (cmd::WRITE, vec![byte; 512]));
-        assert!(
-            conn.is_quiet().await,
-            "it did not wait for the write of {byte}"
-        );
-        conn.done(&request).await;
-    }
-    within(writing).await.unwrap().unwrap();
-    let (request, _) = conn.request().await.unwrap();
-    assert_eq!(request.command, cmd::READ);
-    conn.data(&request, &[2; 512]).await;
+    takes_writes_before_the_read(&mut conn, writing).await;
     within(reading).await.unwrap().unwrap();
 }
 
